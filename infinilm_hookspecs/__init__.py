@@ -28,6 +28,7 @@ from infinilm_hookspecs.errors import (
 )
 from infinilm_hookspecs.markers import hookimpl, hookspec
 from infinilm_hookspecs.parameters import ParameterSpec, Shard, parameters
+from infinilm_hookspecs.rules import DROP, Mapped, WeightRule
 from infinilm_hookspecs.types import (
     Backend,
     BackendRequest,
@@ -43,3 +44,51 @@ from infinilm_hookspecs.types import (
     StoredTensor,
     TokenStream,
 )
+from infinilm_hookspecs.weight import Weight
+
+__all__ = [
+    "DROP",
+    "AttentionConfig",
+    "Backend",
+    "BackendRequest",
+    "CacheSpec",
+    "Checkpoint",
+    "CheckpointError",
+    "Config",
+    "ConfigError",
+    "DecoderConfig",
+    "DynamicRopeScaling",
+    "EmbeddingConfig",
+    "ForwardBatch",
+    "InfinilmError",
+    "LayerConfig",
+    "LayerNorms",
+    "LinearRopeScaling",
+    "Llama3RopeScaling",
+    "LogitsConfig",
+    "Mapped",
+    "MlpConfig",
+    "Named",
+    "NormConfig",
+    "ParameterSpec",
+    "ParsedText",
+    "PlanError",
+    "Platform",
+    "PluginError",
+    "Processor",
+    "Quantization",
+    "RequestError",
+    "ResponseParser",
+    "RopeConfig",
+    "Shard",
+    "StoredTensor",
+    "TokenStream",
+    "UnavailableError",
+    "Weight",
+    "WeightError",
+    "WeightRule",
+    "YarnRopeScaling",
+    "hookimpl",
+    "hookspec",
+    "parameters",
+]

@@ -1,4 +1,4 @@
-"""Every hook of infinilm, in the order a run calls them. About ten calls load a model, none happens per tensor or token.
+"""Every hook of infinilm, in the order a run calls them: about ten calls a load, none per tensor, none per token.
 
 `None` always means "not mine". *firstresult* hooks stop at the first answer, the plugin registered last being asked
 first; a `wrapper=True` implementation sees that one answer and may return another. *Exclusive* hooks ask everyone, and
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @hookspec
-def provide_platform() -> type[Platform] | str | None:  # type: ignore[empty-body]  # a spec has no body
+def provide_platform() -> type[Platform] | str | None:
     """Offer the kind of device this machine has.
 
     Called when: once per `LLM` and worker, before anything touches a device.

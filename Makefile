@@ -1,0 +1,34 @@
+# make demo    set up and ask the demo model a few sums      make test      set up and run the default suite
+# make check   ruff, mypy strict, the docs                   make test-all  the suite with what is marked slow
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-all check clean
+
+demo: $(INSTALLED)
+	$(BIN)/python example_plugins/minimal/demo.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow" --ignore tests/docs
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/docs
+
+$(INSTALLED): pyproject.toml constraints.txt example_plugins/minimal/pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, and $(PYTHON) is {sys.version}")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --editable example_plugins/minimal
+	@touch $@
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,1 @@
+"""In-tree `open_checkpoint` plugins, one module each."""

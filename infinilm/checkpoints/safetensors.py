@@ -1,0 +1,229 @@
+"""Hugging Face folders of safetensors, in one file or sharded.
+
+Format: https://huggingface.co/docs/safetensors. Headers are read here rather than by the `safetensors` package because
+the plan needs extents and must refuse what that package accepts: names given twice, holes, trailing bytes. Bytes are
+read with `preadv` from descriptors opened with the headers: a file that shrinks is a short read, not a SIGBUS.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from infinilm.checkpoints._folder import file_inside, read_json_object, read_shard_index
+from infinilm_hookspecs import CheckpointError, Config, Quantization, StoredTensor, hookimpl
+from infinilm_hookspecs.dtypes import ITEM_SIZES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "U16": "uint16",
+    "I16": "int16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "U32": "uint32",
+    "I32": "int32",
+    "F32": "float32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F64": "float64",
+    "C64": "complex64",
+}
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@hookimpl
+def open_checkpoint(source: str) -> SafetensorsCheckpoint | None:
+    folder = Path(source)
+    if not any((folder / name).is_file() for name in (_SINGLE, _INDEX)):
+        return None
+    return SafetensorsCheckpoint(folder)
+
+
+class SafetensorsCheckpoint:
+    """A folder with config.json and safetensors files. Opening reads headers only."""
+
+    quantization: Quantization | None = None
+    trust: Literal["data", "restricted"] = "data"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config: Config = read_json_object(folder / "config.json")
+        self.tensors: Mapping[str, StoredTensor] = {}
+        self._descriptors: dict[Path, int] = {}
+        try:
+            if (folder / _SINGLE).is_file():
+                self.tensors = self._open_file(folder / _SINGLE)
+            else:
+                self.tensors = self._open_shards(read_shard_index(folder / _INDEX))
+        except BaseException:
+            self.close()
+            raise
+
+    def __repr__(self) -> str:
+        return f"SafetensorsCheckpoint({str(self.folder)!r})"
+
+    def read(self, name: str, region: tuple[slice, ...], out: Tensor) -> None:
+        """Fill `out` with `region` of the tensor `name`; see `infinilm_hookspecs.Checkpoint.read`."""
+        import torch
+
+        stored = self.tensors[name]
+        assert stored.extent is not None
+        path, start, _ = stored.extent
+        item = ITEM_SIZES[stored.dtype]
+        buffer: memoryview = out.reshape(-1).view(torch.uint8).numpy().data
+        done = 0
+        for offset, length in contiguous_runs(stored.shape, region):
+            chunk = buffer[done : done + length * item]
+            self._read_exactly(path, start + offset * item, chunk, name)
+            done += len(chunk)
+
+    def file(self, name: str) -> Path | None:
+        """Return the path of a file of the folder, or `None` when it has none of this name."""
+        path = file_inside(self.folder, name)
+        return path if path.is_file() else None
+
+    def close(self) -> None:
+        """Close every file."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def _open_file(self, path: Path) -> dict[str, StoredTensor]:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as err:
+            raise CheckpointError(f"{str(path)!r} cannot be opened: {err.strerror}") from err
+        self._descriptors[path] = descriptor
+        return read_header(path, descriptor)
+
+    def _open_shards(self, weight_map: Mapping[str, str]) -> dict[str, StoredTensor]:
+        tensors: dict[str, StoredTensor] = {}
+        problems: list[str] = []
+        for file in sorted(set(weight_map.values())):
+            for name, stored in self._open_file(file_inside(self.folder, file)).items():
+                if name in tensors:
+                    other = tensors[name].extent
+                    problems.append(f"{name!r} lies in {file} and in {other[0].name if other else '?'}")
+                elif name not in weight_map:
+                    problems.append(f"{name!r} lies in {file}, and the index does not name it")
+                elif weight_map[name] != file:
+                    problems.append(f"{name!r} lies in {file}, and the index says {weight_map[name]}")
+                tensors[name] = stored
+        problems += [
+            f"{n!r} is not in {weight_map[n]}, where the index says it is" for n in weight_map if n not in tensors
+        ]
+        if problems:
+            shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+            raise CheckpointError(f"{_INDEX} and the shards of {str(self.folder)!r} disagree: {shown}")
+        return tensors
+
+    def _read_exactly(self, path: Path, offset: int, buffer: memoryview, name: str) -> None:
+        done = 0
+        where = f"{str(path)!r}, tensor {name!r} at offset {offset}"
+        while done < len(buffer):
+            try:
+                count = os.preadv(self._descriptors[path], [buffer[done:]], offset + done)
+            except OSError as err:
+                raise CheckpointError(
+                    f"{str(path)!r}, tensor {name!r}, offset {offset + done}: {err.strerror}"
+                ) from err
+            if count == 0:
+                raise CheckpointError(f"{where}: the file is too short, wanted {len(buffer)} bytes, got {done}")
+            done += count
+
+
+def contiguous_runs(shape: tuple[int, ...], region: tuple[slice, ...]) -> Iterator[tuple[int, int]]:
+    """Yield (offset, length) in elements of the runs that `region` of a row-major tensor consists of, in order."""
+    extents = [s.stop - s.start for s in region]
+    if prod(extents) == 0:
+        return
+    split = next((d for d in reversed(range(len(shape))) if extents[d] != shape[d]), 0)
+    strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
+    length = prod(extents[split:])
+    inside = sum(region[d].start * strides[d] for d in range(split, len(shape)))
+    for index in product(*(range(s.start, s.stop) for s in region[:split])):
+        yield inside + sum(i * stride for i, stride in zip(index, strides, strict=False)), length
+
+
+def read_header(path: Path, descriptor: int) -> dict[str, StoredTensor]:
+    """Return the tensors of one safetensors file. Raises `CheckpointError` for a header that lies in any way."""
+
+    def wrong(what: str) -> CheckpointError:
+        return CheckpointError(f"{str(path)!r} is not a sound safetensors file: {what}")
+
+    file_size = os.fstat(descriptor).st_size
+    head = os.pread(descriptor, 8, 0)
+    if os.pread(descriptor, 20, 0).startswith(b"version https://git-"):
+        raise wrong("it is a git-lfs pointer; fetch the file itself with 'git lfs pull'")
+    length = int.from_bytes(head, "little")
+    if len(head) < 8:
+        raise wrong(f"it has {file_size} bytes, and the length of the header takes 8")
+    if not 2 <= length <= min(_MAX_HEADER_BYTES, file_size - 8):
+        raise wrong(f"its header claims {length} bytes, in a file of {file_size}")
+    try:
+        header = json.loads(os.pread(descriptor, length, 8), object_pairs_hook=_reject_duplicates)
+    except (ValueError, RecursionError) as err:
+        raise wrong(f"its header is no JSON: {err}") from err
+    if not isinstance(header, dict):
+        raise wrong(f"its header is a JSON {type(header).__name__}, and an object is wanted")
+    header.pop("__metadata__", None)
+    tensors: dict[str, StoredTensor] = {}
+    spans: list[tuple[int, int, str]] = []
+    for name, entry in header.items():
+        try:
+            dtype, shape, begin, end = _read_entry(entry)
+        except CheckpointError as err:
+            raise wrong(f"tensor {name!r} {err}") from err
+        tensors[name] = StoredTensor(shape, dtype, (path, 8 + length + begin, end - begin))
+        spans.append((begin, end, name))
+    at = 0
+    for begin, end, name in sorted(spans):
+        if begin != at:
+            raise wrong(f"tensor {name!r} begins at {begin}, and the one before ends at {at}")
+        at = end
+    if 8 + length + at != file_size:
+        raise wrong(f"its tensors end at byte {8 + length + at}, and the file at {file_size}; is it truncated?")
+    return tensors
+
+
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(n for n in names if names.count(n) > 1)!r} appears twice")
+    return found
+
+
+def _read_entry(entry: object) -> tuple[str, tuple[int, ...], int, int]:
+    """Return (dtype, shape, begin, end) of one tensor's entry. Raises `CheckpointError` saying what is wrong."""
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise CheckpointError(f"is described by {entry!r:.80}, and dtype, shape and data_offsets are wanted")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise CheckpointError(f"has the dtype {dtype!r}; known: {', '.join(_DTYPES)}")
+    if not _are_sizes(shape):
+        raise CheckpointError(f"has the shape {shape!r:.80}")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointError(f"has the data_offsets {offsets!r:.80}")
+    wanted = prod(shape) * ITEM_SIZES[_DTYPES[dtype]]
+    if offsets[1] - offsets[0] != wanted:
+        raise CheckpointError(f"takes {offsets[1] - offsets[0]} bytes, and {shape} of {dtype} needs {wanted}")
+    return _DTYPES[dtype], tuple(shape), offsets[0], offsets[1]
+
+
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)

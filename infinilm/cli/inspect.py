@@ -1,0 +1,166 @@
+"""`infinilm inspect`: walk the whole pipeline up to the load plan, from headers alone, and say who did what.
+
+Exits with 2 when the model would not load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, closing
+from typing import Any
+
+from infinilm import pipeline
+from infinilm.cli.errors import describe, is_users
+from infinilm.loading.messages import group_messages
+from infinilm.loading.plan import LoadPlan, PlannedParameter
+from infinilm.plugins import create_plugin_manager
+from infinilm_hookspecs import DecoderConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("model", metavar="MODEL", help="a folder with a checkpoint")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(arguments: Any) -> int:
+    """Print the report."""
+    report = inspect_model(arguments.model, arguments.plugins)
+    print(json.dumps(report, indent=2, ensure_ascii=False) if arguments.json else render(report))
+    return 2 if report["errors"] else 0
+
+
+def inspect_model(model: str, plugins: Iterable[object]) -> dict[str, Any]:
+    """Return what every stage found, as plain JSON types, up to the first stage that fails."""
+    report: dict[str, Any] = {
+        "model": model,
+        "platform": None,
+        "checkpoint": None,
+        "lineage": [],
+        "backend": None,
+        "plan": None,
+        "processor": None,
+        "errors": [],
+    }
+    try:
+        with ExitStack() as stack:
+            _walk(report, model, plugins, stack)
+    except Exception as err:
+        if not is_users(err):
+            raise
+        report["errors"].append(describe(err))
+    return report
+
+
+def _walk(report: dict[str, Any], model: str, plugins: Iterable[object], stack: ExitStack) -> None:
+    pm = create_plugin_manager(plugins=plugins)
+    platform = pipeline.select_platform(pm)
+    report["platform"] = {"name": platform.value.name, "plugin": platform.plugin}
+    opened = pipeline.open_checkpoint(pm, model)
+    checkpoint = stack.enter_context(closing(opened.value))
+    report["checkpoint"] = {
+        "name": type(checkpoint).__name__,
+        "plugin": opened.plugin,
+        "num_tensors": len(checkpoint.tensors),
+    }
+    lineage = pipeline.trace_lineage(pm, checkpoint.config)
+    report["lineage"] = [
+        {"model_type": config.model_type, "plugin": plugin, "is_decoder": True}
+        if isinstance(config, DecoderConfig)
+        else {"model_type": pipeline.model_type_of(config), "plugin": plugin, "is_decoder": False}
+        for config, plugin in zip(lineage.configs, (None, *lineage.plugins), strict=True)
+    ]
+    request = pipeline.make_request(
+        lineage, checkpoint, platform.value, device="auto", dtype="auto", max_model_len=None, max_num_seqs=1
+    )
+    choice = pipeline.choose_backend(pm, request)
+    declined = [{"name": decline.name, "reason": decline.reason} for decline in choice.declined]
+    report["backend"] = {
+        "name": choice.backend.name,
+        "plugin": choice.plugin,
+        "device": request.device,
+        "dtype": request.dtype,
+        "declined": declined,
+    }
+    plan = pipeline.make_plan(pm, checkpoint, lineage, choice)
+    report["plan"] = _describe_plan(plan, opened.plugin)
+    report["errors"] += group_messages(plan.errors)
+    processor = pipeline.select_processor(pm, lineage, checkpoint)
+    if processor is not None:
+        report["processor"] = {"name": type(processor.value).__name__, "plugin": processor.plugin}
+
+
+def _describe_plan(plan: LoadPlan, checkpoint_plugin: str) -> dict[str, Any]:
+    return {
+        "num_tensors": len(plan.parameters),
+        "num_bytes": plan.num_bytes,
+        "parameters": [_describe_parameter(parameter, checkpoint_plugin) for parameter in plan.parameters],
+        "dropped": [{"name": name, "plugin": plugin} for name, plugin in plan.dropped.items()],
+    }
+
+
+def _describe_parameter(parameter: PlannedParameter, checkpoint_plugin: str) -> dict[str, Any]:
+    weight = parameter.weight
+    return {
+        "name": parameter.name,
+        "shape": list(parameter.spec.shape),
+        "dtype": parameter.spec.dtype,
+        "sources": list(weight.stored_names()),
+        "plugin": weight.trail[-1] if weight.trail else checkpoint_plugin,
+        "lossy": list(parameter.losses()),
+    }
+
+
+def render(report: dict[str, Any]) -> str:
+    """Return the report for a terminal, layers that differ in their number alone on one line."""
+    lines = [f"model       {report['model']}"]
+    for stage in ("platform", "checkpoint", "lineage", "backend", "processor", "plan"):
+        lines += _RENDERERS[stage](report[stage]) if report[stage] else []
+    if report["errors"]:
+        lines += ["", "would not load:", *(f"  {error}" for error in report["errors"])]
+    return "\n".join(lines)
+
+
+def _render_answer(stage: str, found: dict[str, Any]) -> str:
+    return f"{stage:<11} {found['name']} [plugin {found['plugin']}]"
+
+
+def _render_checkpoint(found: dict[str, Any]) -> list[str]:
+    return [f"{_render_answer('checkpoint', found)}, {found['num_tensors']} tensors"]
+
+
+def _render_lineage(steps: list[dict[str, Any]]) -> list[str]:
+    names = [
+        (f"[plugin {step['plugin']}] " if step["plugin"] else "")
+        + ("DecoderConfig" if step["is_decoder"] else step["model_type"])
+        for step in steps
+    ]
+    return [f"{'lineage':<11} {' -> '.join(names)}"]
+
+
+def _render_backend(found: dict[str, Any]) -> list[str]:
+    declined = [f"{'':<11} {decline['name']} declined: {decline['reason']}" for decline in found["declined"]]
+    return [f"{_render_answer('backend', found)}, {found['dtype']} on {found['device']}", *declined]
+
+
+def _render_plan(plan: dict[str, Any]) -> list[str]:
+    rows = [
+        f"  {p['name']} {p['shape']} {p['dtype']} <- {', '.join(p['sources'])} [plugin {p['plugin']}]"
+        + (f" lossy: {', '.join(p['lossy'])}" if p["lossy"] else "")
+        for p in plan["parameters"]
+    ]
+    dropped = [f"  dropped {d['name']} [plugin {d['plugin']}]" for d in plan["dropped"]]
+    total = f"{'plan':<11} {plan['num_tensors']} parameters, {plan['num_bytes'] / 1e6:.1f} MB"
+    return [total, *group_messages(rows), *group_messages(dropped)]
+
+
+_RENDERERS: dict[str, Callable[[Any], list[str]]] = {
+    "platform": lambda found: [_render_answer("platform", found)],
+    "checkpoint": _render_checkpoint,
+    "lineage": _render_lineage,
+    "backend": _render_backend,
+    "processor": lambda found: [_render_answer("processor", found)],
+    "plan": _render_plan,
+}

@@ -1,0 +1,211 @@
+"""`LLM`: the composition root. Its constructor is the pipeline, a line for every stage."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from infinilm import pipeline, progress
+from infinilm.engine.engine import Engine
+from infinilm.engine.sizing import size_cache
+from infinilm.generation_config import default_sampling_params, eos_token_ids, read_generation_config
+from infinilm.loading.execute import load
+from infinilm.outputs import RequestOutput
+from infinilm.plugins import PluginManager, create_plugin_manager
+from infinilm.sampling_params import SamplingParams
+from infinilm_hookspecs import Backend, Processor, RequestError
+
+Prompt = str | Mapping[str, Any]
+"""Text, `{"prompt": text}` or `{"prompt_token_ids": [...]}`."""
+
+
+class LLM:
+    """A model, loaded and ready to generate.
+
+    `model` is a folder that some plugin opens. `plugins` are names as the command line's `-p` takes them, or plugin
+    objects; `plugin_manager` is a manager of the caller's instead. `backend` and `platform` are "auto" or the name of
+    the plugin to ask. `dtype` is "auto", the checkpoint's own, or a name such as "bfloat16". `max_model_len` and
+    `max_num_batched_tokens` are in tokens, `kv_cache_memory` in bytes. `generation_config="auto"` takes default
+    sampling parameters from the checkpoint, "vllm" keeps the engine's own. `seed` makes requests without a seed
+    repeatable.
+
+    Raises an `InfinilmError` that says which file, tensor or plugin is at fault, before any weight is read where
+    headers can tell.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        plugins: Iterable[object] = (),
+        plugin_manager: PluginManager | None = None,
+        backend: str = "auto",
+        platform: str = "auto",
+        device: str = "auto",
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
+        kv_cache_memory: int | None = None,
+        generation_config: str = "auto",
+        seed: int | None = None,
+    ) -> None:
+        if generation_config not in ("auto", "vllm"):
+            raise RequestError(f"generation_config={generation_config!r} is not allowed; it takes 'auto' or 'vllm'")
+        self.plugin_manager = pm = plugin_manager or create_plugin_manager(plugins=plugins)
+        self.platform = pipeline.select_platform(pm, platform)
+        self.checkpoint = pipeline.open_checkpoint(pm, str(model))
+        with closing(self.checkpoint.value) as checkpoint:
+            self.lineage = pipeline.trace_lineage(pm, checkpoint.config)
+            request = pipeline.make_request(
+                self.lineage,
+                checkpoint,
+                self.platform.value,
+                device=device,
+                dtype=dtype,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+            )
+            self.choice = pipeline.choose_backend(pm, request, backend)
+            self.plan = pipeline.make_plan(pm, checkpoint, self.lineage, self.choice)
+            self.plan.check()
+            self.processor = pipeline.select_processor(pm, self.lineage, checkpoint)
+            stored = read_generation_config(checkpoint)
+            self._backend = self.choice.backend
+            try:
+                with progress.bytes_bar(self.plan.num_bytes, "loading") as bar:
+                    load(self.plan, checkpoint, self._backend, progress=bar.update)
+                size = size_cache(
+                    self._backend.cache_spec(),
+                    request.platform,
+                    request.device,
+                    max_model_len=request.max_model_len,
+                    is_length_demanded=max_model_len is not None,
+                    max_num_seqs=max_num_seqs,
+                    memory=kv_cache_memory,
+                )
+                self._backend.allocate_cache(size.num_blocks, max_num_seqs)
+            except BaseException:
+                self.close()
+                raise
+        self._text = self.processor.value if self.processor else None
+        self.engine = Engine(
+            self._backend,
+            self._text,
+            num_blocks=size.num_blocks,
+            block_size=self._backend.cache_spec().block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=size.max_model_len,
+            vocab_size=pipeline.vocabulary_size(self.lineage),
+            eos_token_ids=self._text.eos_token_ids if self._text else eos_token_ids(stored, self.lineage),
+            seed=seed,
+        )
+        self._default_params = default_sampling_params(stored) if generation_config == "auto" else SamplingParams()
+        self._request_ids = (str(number) for number in itertools.count())
+
+    @property
+    def backend(self) -> Backend:
+        """The backend that runs the model."""
+        return self._backend
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Return what `generate` uses where no `SamplingParams` are given."""
+        return self._default_params
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Return one result for every prompt, in their order.
+
+        `sampling_params` is one for all, or one for each. Raises `RequestError` before anything runs when a prompt is
+        malformed or can never be served; no request of the call is left behind, whatever is raised.
+        """
+        wanted = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        params = self._params_for(wanted, sampling_params)
+        request_ids: list[str] = []
+        try:
+            for prompt, its_params in zip(wanted, params, strict=True):
+                request_ids.append(next(self._request_ids))
+                text, token_ids = self._tokens_of(prompt)
+                self.engine.add_request(request_ids[-1], token_ids, its_params, prompt=text)
+            return self._run(request_ids, use_tqdm)
+        except BaseException:
+            self.engine.abort(request_ids)
+            raise
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        **template_kwargs: Any,
+    ) -> list[RequestOutput]:
+        """Return the answer to one conversation, or to each of several.
+
+        A conversation is a list of `{"role": ..., "content": ...}`. `template_kwargs` go to the model's chat template.
+        Raises `RequestError` where the model has none.
+        """
+        several = messages if messages and isinstance(messages[0], Sequence) else [messages]
+        processor = self._require_text("chat")
+        prompts: list[Prompt] = []
+        for conversation in several:
+            text = processor.render_chat(conversation, **template_kwargs)  # type: ignore[arg-type]  # told apart above
+            token_ids = processor.encode(text, add_special_tokens=False)
+            prompts.append({"prompt": text, "prompt_token_ids": token_ids})
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def close(self) -> None:
+        """Free the model. Safe to call twice."""
+        self._backend.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _run(self, request_ids: Sequence[str], use_tqdm: bool) -> list[RequestOutput]:
+        finished: dict[str, RequestOutput] = {}
+        with progress.requests_bar(len(request_ids), "generating", enabled=use_tqdm) as bar:
+            while len(finished) < len(request_ids):
+                for output in self.engine.step():
+                    finished[output.request_id] = output
+                    bar.update()
+        return [finished[request_id] for request_id in request_ids]
+
+    def _params_for(
+        self, prompts: Sequence[Prompt], given: SamplingParams | Sequence[SamplingParams] | None
+    ) -> Sequence[SamplingParams]:
+        if given is None or isinstance(given, SamplingParams):
+            return [given or self._default_params] * len(prompts)
+        if len(given) != len(prompts):
+            raise RequestError(f"{len(given)} sampling_params for {len(prompts)} prompts; give one, or one for each")
+        return given
+
+    def _tokens_of(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
+        if isinstance(prompt, str):
+            prompt = {"prompt": prompt}
+        if not isinstance(prompt, Mapping) or not {"prompt", "prompt_token_ids"} >= prompt.keys() or not prompt:
+            raise RequestError(
+                f"a prompt is text, {{'prompt': text}} or {{'prompt_token_ids': [...]}}, not {prompt!r:.80}"
+            )
+        text = prompt.get("prompt")
+        if "prompt_token_ids" in prompt:
+            return text, prompt["prompt_token_ids"]
+        if not isinstance(text, str):
+            raise RequestError(f"the prompt {text!r:.80} is not text")
+        return text, self._require_text("a text prompt").encode(text)
+
+    def _require_text(self, what: str) -> Processor:
+        if self._text is None:
+            raise RequestError(f"{what} needs a tokenizer, and this model has none; give {{'prompt_token_ids': [...]}}")
+        return self._text

@@ -1,0 +1,128 @@
+"""From `Weight`s to tensors and back: the only place where the weight algebra meets values.
+
+A `Reader` gives a region of a stored tensor as a contiguous CPU tensor; nothing here knows files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from infinilm_hookspecs import WeightError
+from infinilm_hookspecs.layout import Atom, bounds
+from infinilm_hookspecs.weight import Deferred, Operation, Piece, Source, Weight
+
+Reader = Callable[[str, tuple[slice, ...]], Tensor]
+
+
+def evaluate(weight: Weight, read: Reader) -> Tensor:
+    """Return the whole tensor `weight` stands for, on the CPU."""
+    result = torch.empty(weight.shape, dtype=torch_dtype(weight.dtype))
+    fill(weight, result, read)
+    return result
+
+
+def fill(weight: Weight, destination: Tensor, read: Reader) -> None:
+    """Write `weight` into `destination`, which has its shape; the last conversion is to the destination's dtype."""
+    for piece in weight.pieces:
+        box = piece.box(weight.shape)
+        extents = [extent for _, extent in box]
+        if prod(extents) == 0:
+            continue
+        values = apply_operations(read_piece(piece, read).reshape(extents), piece.operations)
+        destination[tuple(slice(start, start + extent) for start, extent in box)].copy_(values)
+
+
+def read_piece(piece: Piece, read: Reader) -> Tensor:
+    """Return the elements of `piece` as one strided view, a dimension per atom, before its operations."""
+    atoms = [atom for axis in piece.layout() for atom in axis]
+    sizes = [size for size, _ in atoms]
+    source = piece.source
+    if source.deferred is not None:
+        whole = run_deferred(source, source.deferred, read).contiguous()
+        return _strided(whole, sizes, [stride for _, stride in atoms], piece.offset)
+    region, offset, strides = bounds(source.shape, piece.offset, atoms)
+    return _strided(read(source.name, region), sizes, strides, offset)
+
+
+def run_deferred(source: Source, deferred: Deferred, read: Reader) -> Tensor:
+    """Return the result of a deferred step. Raises `WeightError` where it is not what the rule declared."""
+    result = deferred.function(*(evaluate(weight, read) for weight in deferred.inputs))
+    found = tuple(result.shape), str(result.dtype).removeprefix("torch.")
+    if found != (source.shape, source.dtype):
+        raise WeightError(
+            f"{deferred.label} of {source.name!r} returned {list(found[0])} {found[1]}, "
+            f"and its rule declared {list(source.shape)} {source.dtype}"
+        )
+    return result
+
+
+def restore(weight: Weight, value: Tensor, stored: Callable[[Source], Tensor]) -> None:
+    """Run `weight` backwards: write `value`, which has its shape, back into the stored tensors it came from.
+
+    Layouts are undone exactly, pointwise operations as floating point allows. Raises `WeightError` for a deferred step
+    without an inverse.
+    """
+    for piece in weight.pieces:
+        box = piece.box(weight.shape)
+        values = value[tuple(slice(start, start + extent) for start, extent in box)]
+        values = undo_operations(values, piece)
+        atoms = [atom for axis in piece.layout() for atom in axis]
+        if piece.source.deferred is None:
+            _scatter(values, stored(piece.source), atoms, piece.offset)
+            continue
+        _check_invertible(piece.source.deferred, piece, weight)
+        whole = torch.empty(piece.source.shape, dtype=torch_dtype(piece.source.dtype))
+        _scatter(values, whole, atoms, piece.offset)
+        inverse = piece.source.deferred.inverse
+        assert inverse is not None
+        restore(piece.source.deferred.inputs[0], inverse(whole), stored)
+
+
+def _check_invertible(deferred: Deferred, piece: Piece, weight: Weight) -> None:
+    if deferred.inverse is None or len(deferred.inputs) != 1:
+        raise WeightError(f"{deferred.label} has no inverse: {weight!r} cannot be written back")
+    if prod(extent for _, extent in piece.box(weight.shape)) != prod(piece.source.shape):
+        raise WeightError(f"{weight!r} is only part of what {deferred.label} made: it cannot be written back alone")
+
+
+def _scatter(values: Tensor, whole: Tensor, atoms: list[Atom], offset: int) -> None:
+    view = _strided(whole, [size for size, _ in atoms], [stride for _, stride in atoms], offset)
+    view.copy_(values.reshape(view.shape))
+
+
+def _strided(whole: Tensor, sizes: Sequence[int], strides: Sequence[int], offset: int) -> Tensor:
+    # as_strided counts from the start of the storage, which a view does not begin at
+    return whole.as_strided(sizes, strides, whole.storage_offset() + offset)
+
+
+def apply_operations(values: Tensor, operations: tuple[Operation, ...]) -> Tensor:
+    """Return `values` after pointwise operations, each rounded in the dtype it is carried out in."""
+    for kind, operand in operations:
+        if kind == "to":
+            values = values.to(torch_dtype(operand))
+        else:
+            values = values + operand if kind == "add" else values * operand
+    return values
+
+
+def undo_operations(values: Tensor, piece: Piece) -> Tensor:
+    """Return what `apply_operations` was given, as exactly as floating point allows."""
+    dtypes = [piece.source.dtype]
+    for kind, operand in piece.operations:
+        dtypes.append(operand if kind == "to" else dtypes[-1])
+    for (kind, operand), before in zip(reversed(piece.operations), reversed(dtypes[:-1]), strict=True):
+        if kind == "to":
+            values = values.to(torch_dtype(before))
+        else:
+            values = values - operand if kind == "add" else values / operand
+    return values
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the `torch.dtype` called `name`."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

@@ -1,0 +1,348 @@
+"""The one way through the house: a function for every stage, each the only caller of its hook.
+
+`LLM` and `infinilm inspect` both walk them in this order. Everything here reads headers only; what is wrong is an
+error that names the plugin, the file and what to do.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from infinilm.loading.plan import LoadPlan, Stage, plan_load
+from infinilm.plugins import Answer, PluginManager
+from infinilm.plugins.host import did_you_mean
+from infinilm_hookspecs import (
+    Backend,
+    BackendRequest,
+    Checkpoint,
+    CheckpointError,
+    Config,
+    ConfigError,
+    DecoderConfig,
+    InfinilmError,
+    Platform,
+    PluginError,
+    Processor,
+    UnavailableError,
+)
+
+_log = logging.getLogger("infinilm")
+
+_KEYS_THAT_NAME_CODE = ("auto_map", "_infinilm")
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """The configs a checkpoint's config passed through. `plugins[i]` made `configs[i + 1]` of `configs[i]`."""
+
+    configs: tuple[Config | DecoderConfig, ...]
+    plugins: tuple[str, ...]
+
+    def stages(self, taken: Config | DecoderConfig) -> list[Config]:
+        """Return the raw configs whose rules weights pass on their way to a backend that took `taken`."""
+        configs = self.configs[: next(i for i, config in enumerate(self.configs) if config is taken)]
+        return [config for config in configs if not isinstance(config, DecoderConfig)]
+
+
+@dataclass(frozen=True, slots=True)
+class Decline:
+    """A plugin that was asked for a backend, and why it has none for this model."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BackendChoice:
+    """The backend that took the model, the plugin it comes from, and those that declined before it."""
+
+    backend: Backend
+    plugin: str
+    declined: tuple[Decline, ...]
+
+
+# ---------------------------------------------------------------- platform
+
+
+def select_platform(pm: PluginManager, name: str = "auto") -> Answer[Platform]:
+    """Return the platform of this machine, or that of the plugin `name`.
+
+    Raises `UnavailableError` with the platform's own reason when it is not there.
+    """
+    exclude = pm.others(name) if name != "auto" else ()
+    answer = pm.ask_one("provide_platform", exclude=exclude)
+    if answer is None:
+        raise UnavailableError(f"plugin {name!r} provides no platform on this machine.{pm.failures()}")
+    kind = _import_dotted(answer) if isinstance(answer.value, str) else answer.value
+    if not isinstance(kind, type) or not hasattr(kind, "availability"):
+        raise _wrong_answer(pm, answer, "provide_platform", "a Platform class or its dotted name")
+    available, reason = kind.availability()
+    if not available:
+        raise UnavailableError(f"platform {answer.plugin!r} is not available: {reason}")
+    return Answer(kind(), answer.plugin)
+
+
+def _import_dotted(answer: Answer[str]) -> Any:
+    module, _, attribute = answer.value.partition(":")
+    if not attribute:
+        module, _, attribute = answer.value.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as err:
+        raise PluginError(f"plugin {answer.plugin!r} names the platform {answer.value!r}: {err}") from err
+
+
+# ---------------------------------------------------------------- checkpoint
+
+
+def open_checkpoint(pm: PluginManager, source: str) -> Answer[Checkpoint]:
+    """Return the checkpoint at `source`. Raises `CheckpointError` when no plugin knows what lies there."""
+    if "://" not in source and not Path(source).exists():
+        raise CheckpointError(f"{source!r} does not exist")
+    answer = pm.ask_one("open_checkpoint", source=source)
+    if answer is None:
+        raise CheckpointError(f"no plugin opens {source!r}: {_what_lies_there(Path(source))}.{pm.failures()}")
+    if not isinstance(answer.value, Checkpoint):
+        raise _wrong_answer(pm, answer, "open_checkpoint", "a Checkpoint")
+    return answer
+
+
+def _what_lies_there(path: Path) -> str:
+    if not path.is_dir():
+        return "it is no folder"
+    names = sorted(entry.name for entry in path.iterdir())
+    shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+    return f"it holds {shown}, and a model.safetensors or its index is wanted" if names else "the folder is empty"
+
+
+# ---------------------------------------------------------------- config
+
+
+def trace_lineage(pm: PluginManager, config: Config) -> Lineage:
+    """Return the configs that `config` is adapted to, until a `DecoderConfig` comes back or nobody answers.
+
+    Raises `ConfigError` for a config without a `model_type`, and for a cycle, which it shows.
+    """
+    configs: list[Config | DecoderConfig] = [freeze(without_code(config))]
+    plugins: list[str] = []
+    answered: dict[str, set[str]] = {}
+    while not isinstance(current := configs[-1], DecoderConfig):
+        model_type = model_type_of(current)
+        before = answered.setdefault(model_type, set())
+        answer = pm.ask_first("adapt_config", exclude=before, config=current)
+        if answer is None:
+            break
+        if not isinstance(answer.value, Mapping | DecoderConfig):
+            raise _wrong_answer(pm, answer, "adapt_config", "a config or a DecoderConfig")
+        before.add(answer.plugin)
+        adapted = answer.value if isinstance(answer.value, DecoderConfig) else freeze(answer.value)
+        plugins.append(answer.plugin)
+        configs.append(adapted)
+        if any(adapted == earlier for earlier in configs[:-1]):
+            circle = describe_lineage(Lineage(tuple(configs), tuple(plugins)))
+            raise ConfigError(f"the config goes in a circle: {circle}")
+    return Lineage(tuple(configs), tuple(plugins))
+
+
+def describe_lineage(lineage: Lineage) -> str:
+    """Return the lineage as one line: `abacus -> (minimal) llama -> (llama) DecoderConfig`."""
+    steps = [_step_name(lineage.configs[0])]
+    steps += [f"({p}) {_step_name(c)}" for p, c in zip(lineage.plugins, lineage.configs[1:], strict=True)]
+    return " -> ".join(steps)
+
+
+def _step_name(config: Config | DecoderConfig) -> str:
+    return "DecoderConfig" if isinstance(config, DecoderConfig) else model_type_of(config)
+
+
+def model_type_of(config: Config) -> str:
+    """Return the `model_type` of a raw config, in lower case. Raises `ConfigError` when it has none."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not model_type:
+        raise ConfigError(f"the config has the model_type {model_type!r}; a name such as 'llama' is wanted")
+    return model_type.lower()
+
+
+def without_code(config: Config) -> Config:
+    """Return `config` without the keys that name code to run: a checkpoint is data. Mentions what it removed."""
+    removed = sorted(key for key in config if str(key).startswith(_KEYS_THAT_NAME_CODE))
+    if removed:
+        _log.warning("ignored %s of the config: a checkpoint names no code", ", ".join(removed))
+    return {key: value for key, value in config.items() if key not in removed}
+
+
+def freeze(value: Any) -> Any:
+    """Return a config read-only all the way down: mappings that cannot be changed, and tuples for lists."""
+    if isinstance(value, Mapping):
+        return MappingProxyType({key: freeze(item) for key, item in value.items()})
+    if isinstance(value, list | tuple):
+        return tuple(freeze(item) for item in value)
+    return value
+
+
+def choose_dtype(wanted: str, lineage: Lineage, checkpoint: Checkpoint, platform: Platform) -> str:
+    """Return the dtype to run in: what is wanted, or for "auto" the checkpoint's own where the platform computes in it.
+
+    Raises `UnavailableError` for a dtype that the platform does not support.
+    """
+    if wanted != "auto":
+        if not platform.supports(wanted):
+            raise UnavailableError(f"platform {platform.name!r} does not run models in dtype {wanted!r}")
+        return wanted
+    stored = _stored_dtype(lineage, checkpoint)
+    if platform.supports(stored):
+        return stored
+    _log.warning("running in float32: platform %r does not compute in the checkpoint's %s", platform.name, stored)
+    return "float32"
+
+
+def _stored_dtype(lineage: Lineage, checkpoint: Checkpoint) -> str:
+    for config in lineage.configs:
+        named = None if isinstance(config, DecoderConfig) else config.get("dtype") or config.get("torch_dtype")
+        if isinstance(named, str) and named != "auto":
+            return named.removeprefix("torch.")
+    sizes = Counter[str]()
+    for stored in checkpoint.tensors.values():
+        sizes[stored.dtype] += prod(stored.shape)
+    return sizes.most_common(1)[0][0] if sizes else "float32"
+
+
+def vocabulary_size(lineage: Lineage) -> int:
+    """Return how many token ids the model has. Raises `ConfigError` when no config of the lineage says."""
+    size = _config_number(lineage, "vocab_size")
+    if size is None:
+        raise ConfigError("no config of the lineage has a vocab_size")
+    return size
+
+
+def _config_number(lineage: Lineage, key: str) -> int | None:
+    """Return a size of the model from the last config that states it, or `None`."""
+    for config in reversed(lineage.configs):
+        number = getattr(config, key) if isinstance(config, DecoderConfig) else config.get(key)
+        if isinstance(number, int):
+            return number
+    return None
+
+
+# ---------------------------------------------------------------- backend
+
+
+def make_request(
+    lineage: Lineage,
+    checkpoint: Checkpoint,
+    platform: Platform,
+    *,
+    device: str,
+    dtype: str,
+    max_model_len: int | None,
+    max_num_seqs: int,
+) -> BackendRequest:
+    """Return what is asked of backends, every "auto" settled.
+
+    Raises `ConfigError` when neither the user nor a config says how long a sequence may be.
+    """
+    length = max_model_len or _config_number(lineage, "max_position_embeddings")
+    if length is None:
+        raise ConfigError("no config of the lineage has max_position_embeddings; give max_model_len")
+    return BackendRequest(
+        lineage=lineage.configs,
+        checkpoint=checkpoint,
+        platform=platform,
+        device=platform.device(0) if device == "auto" else device,
+        dtype=choose_dtype(dtype, lineage, checkpoint, platform),
+        quantization=None,
+        trust_remote_code=False,
+        rank=0,
+        world_size=1,
+        max_model_len=length,
+        max_num_seqs=max_num_seqs,
+    )
+
+
+def choose_backend(pm: PluginManager, request: BackendRequest, name: str = "auto") -> BackendChoice:
+    """Return the first backend that takes the model, or that of the plugin `name`.
+
+    Raises `ConfigError` when no plugin knows the model, and `UnavailableError` with every reason when no backend takes
+    it.
+    """
+    exclude = pm.others(name) if name != "auto" else ()
+    reasons: dict[str, str] = {}
+    request = replace(request, on_decline=lambda reason: reasons.update({pm.asking or "?": reason}))
+    backend, heard = pm.call("provide_backend", exclude=exclude, request=request)
+    declined = tuple(
+        Decline(answer.plugin, reasons.get(answer.plugin, "gave no reason")) for answer in heard if answer.value is None
+    )
+    if backend is None:
+        raise _no_backend(pm, request, declined)
+    answer = next(answer for answer in heard if answer.value is backend)
+    if not isinstance(backend, Backend):
+        raise _wrong_answer(pm, answer, "provide_backend", "a Backend, or request.decline(reason)")
+    if all(backend.config is not config for config in request.lineage):
+        raise PluginError(f"the backend of plugin {answer.plugin!r} took a config that is not one of the lineage's")
+    return BackendChoice(backend, answer.plugin, declined)
+
+
+def _no_backend(pm: PluginManager, request: BackendRequest, declined: Sequence[Decline]) -> InfinilmError:
+    last = request.lineage[-1]
+    if isinstance(last, DecoderConfig):
+        reasons = "; ".join(f"{decline.name}: {decline.reason}" for decline in declined)
+        return UnavailableError(
+            f"no backend runs this {last.model_type}: {reasons or 'none is loaded'}.{pm.failures()}"
+        )
+    model_type = model_type_of(last)
+    known = sorted({known for record in pm.records for known in record.model_types})
+    return ConfigError(
+        f"no plugin adapts model_type {model_type!r} (in {str(request.checkpoint.file('config.json'))!r})"
+        f"{did_you_mean(model_type, known)}; known: {', '.join(known) or 'none'}.{pm.failures()}"
+    )
+
+
+# ---------------------------------------------------------------- weights
+
+
+def collect_stages(pm: PluginManager, lineage: Lineage, backend: Backend, backend_plugin: str) -> list[Stage]:
+    """Return the rules that weights pass on their way to `backend`, first to last, its own at the end."""
+    stages: list[Stage] = []
+    answered: dict[str, set[str]] = {}
+    for config in lineage.stages(backend.config):
+        before = answered.setdefault(model_type_of(config), set())
+        answer = pm.ask_first("remap_weight", exclude=before, config=config)
+        if answer is None:
+            continue
+        if not callable(answer.value) and not isinstance(answer.value, Mapping):
+            raise _wrong_answer(pm, answer, "remap_weight", "a function of one Weight or a table")
+        before.add(answer.plugin)
+        stages.append(Stage(answer.value, answer.plugin))
+    if backend.weight_rule is not None:
+        stages.append(Stage(backend.weight_rule, backend_plugin))
+    return stages
+
+
+def make_plan(pm: PluginManager, checkpoint: Checkpoint, lineage: Lineage, choice: BackendChoice) -> LoadPlan:
+    """Return the plan that fills the backend's parameters, with everything that is wrong with it."""
+    stages = collect_stages(pm, lineage, choice.backend, choice.plugin)
+    return plan_load(checkpoint.tensors, stages, choice.backend.parameters())
+
+
+# ---------------------------------------------------------------- processor
+
+
+def select_processor(pm: PluginManager, lineage: Lineage, checkpoint: Checkpoint) -> Answer[Processor] | None:
+    """Return the model's processor, or `None` where no plugin has one: the model then takes token ids only."""
+    answer = pm.ask_first("select_processor", lineage=lineage.configs, checkpoint=checkpoint)
+    if answer is not None and not isinstance(answer.value, Processor):
+        raise _wrong_answer(pm, answer, "select_processor", "a Processor")
+    return answer
+
+
+def _wrong_answer(pm: PluginManager, answer: Answer[Any], hook: str, wanted: str) -> PluginError:
+    plugin = pm.record(answer.plugin).describe()
+    return PluginError(f"plugin {plugin} answered {hook} with {answer.value!r:.200}, and {wanted} is wanted")

@@ -1,0 +1,1 @@
+"""In-tree `provide_platform` plugins, one module each."""

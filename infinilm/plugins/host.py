@@ -1,0 +1,240 @@
+"""`PluginManager`: pluggy's, plus who answered, and a refusal at registration for what pluggy lets pass."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Collection, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any, Generic, TypeVar
+
+import pluggy
+
+from infinilm.plugins.report import Origin, PluginRecord, Status
+from infinilm_hookspecs import PluginError, hookspecs
+from infinilm_hookspecs.markers import PROJECT_NAME
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer(Generic[T]):
+    """What a hook was answered, and the name of the plugin that answered."""
+
+    value: T
+    plugin: str
+
+
+class HookNote(str):
+    """The note an exception gains when it leaves a plugin."""
+
+    __slots__ = ()
+
+
+class PluginManager(pluggy.PluginManager):
+    """pluggy's plugin manager for project `infinilm`. A plugin that is refused leaves nothing behind."""
+
+    def __init__(self) -> None:
+        super().__init__(PROJECT_NAME)
+        self.add_hookspecs(hookspecs)
+        self._records: dict[str, PluginRecord] = {}
+        self._heard: list[list[Answer[Any]]] = []
+        self._asking: list[str] = []
+
+    # ------------------------------------------------------------ registration
+
+    def register(self, plugin: object, name: str | None = None, *, record: PluginRecord | None = None) -> str | None:
+        """Register `plugin` and return its name.
+
+        `record` says where it came from; without one it is the user's own object. Raises `PluginError` for a class, for
+        an object without a single hook, and for a hook or an argument that infinilm does not have.
+        """
+        name = name or (record.name if record else None) or _name_of(plugin)
+        _check_hooks(plugin, name, sorted(_hook_names()))
+        try:
+            super().register(plugin, name)
+        except (pluggy.PluginValidationError, ValueError) as err:
+            if self.get_plugin(name) is plugin and isinstance(err, pluggy.PluginValidationError):
+                self.unregister(plugin)
+            raise PluginError(f"plugin {name!r} is refused: {err}") from err
+        hooks = tuple(sorted(caller.name for caller in self.get_hookcallers(plugin) or ()))
+        model_types = tuple(getattr(plugin, "model_types", ()))
+        record = record or PluginRecord(name, Status.ACTIVE, Origin.REGISTERED)
+        self.note(replace(record, name=name, status=Status.ACTIVE, hooks=hooks, model_types=model_types))
+        self._attribute(plugin, name)
+        return name
+
+    def note(self, record: PluginRecord) -> None:
+        """Remember `record`, also of a plugin that is blocked or failed to load."""
+        self._records[record.name] = record
+
+    @property
+    def records(self) -> list[PluginRecord]:
+        """Every plugin there is, in the order they were loaded."""
+        return list(self._records.values())
+
+    def record(self, name: str) -> PluginRecord:
+        """Return what is known of the plugin `name`."""
+        return self._records[name]
+
+    def failures(self) -> str:
+        """Return a sentence naming the plugins that failed to load, with a leading space, or ""."""
+        failed = [record.describe() for record in self.records if record.status is Status.FAILED]
+        if not failed:
+            return ""
+        noun = "plugin" if len(failed) == 1 else "plugins"
+        return f" {len(failed)} discovered {noun} failed to load: {', '.join(failed)}; run 'infinilm plugins list'."
+
+    # ------------------------------------------------------------ asking
+
+    def call(
+        self, hook: str, /, *, exclude: Collection[str] = (), **arguments: object
+    ) -> tuple[Any, list[Answer[Any]]]:
+        """Call a hook without the plugins in `exclude`; return its result and what each plugin said, `None` too."""
+        heard: list[Answer[Any]] = []
+        self._heard.append(heard)
+        try:
+            caller = self.subset_hook_caller(hook, [self.get_plugin(name) for name in exclude])
+            return caller(**arguments), heard
+        finally:
+            self._heard.pop()
+
+    def ask_first(self, hook: str, /, *, exclude: Collection[str] = (), **arguments: object) -> Answer[Any] | None:
+        """Call a firstresult hook without the plugins in `exclude`; return the answer, or `None` if nobody had one."""
+        value, heard = self.call(hook, exclude=exclude, **arguments)
+        return None if value is None else next(answer for answer in heard if answer.value is value)
+
+    def ask_all(self, hook: str, /, *, exclude: Collection[str] = (), **arguments: object) -> list[Answer[Any]]:
+        """Call an exclusive hook without the plugins in `exclude`; return every claim."""
+        values, heard = self.call(hook, exclude=exclude, **arguments)
+        claims = [claim for answer in heard for claim in _spread(answer)]
+        return [next(claim for claim in claims if claim.value is value) for value in values]
+
+    def ask_one(self, hook: str, /, *, exclude: Collection[str] = (), **arguments: object) -> Answer[Any] | None:
+        """Call an exclusive hook and settle on one claim, or `None` if there is none.
+
+        Raises `PluginError` naming the plugins when more than one claim remains.
+        """
+        claims = self.ask_all(hook, exclude=exclude, **arguments)
+        overridden = {name for claim in claims for name in getattr(self.get_plugin(claim.plugin), "overrides", ())}
+        claims = [claim for claim in claims if claim.plugin not in overridden]
+        named = [claim for claim in claims if self.record(claim.plugin).origin.is_users_word]
+        claims = named or claims
+        if len(claims) > 1:
+            names = " and ".join(self.record(claim.plugin).describe() for claim in claims)
+            given = ", ".join(repr(value) for value in arguments.values())
+            ways = " or ".join(f"-p no:{claim.plugin}" for claim in claims)
+            raise PluginError(f"{hook}({given}) is claimed by plugins {names}; settle it with {ways}")
+        return claims[0] if claims else None
+
+    def others(self, name: str) -> set[str]:
+        """Return the names of all plugins but `name`, to exclude. Raises `PluginError` for one that is not active."""
+        names = {record.name for record in self.records if record.status is Status.ACTIVE}
+        if name not in names:
+            raise PluginError(f"there is no plugin {name!r}{did_you_mean(name, names)}.{self.failures()}")
+        return names - {name}
+
+    @property
+    def asking(self) -> str | None:
+        """The plugin whose hook is running now, or `None`."""
+        return self._asking[-1] if self._asking else None
+
+    # ------------------------------------------------------------ who answered
+
+    def _attribute(self, plugin: object, name: str) -> None:
+        """Have every hookimpl of `plugin` say that an answer, or an exception, is its own."""
+        for caller in self.get_hookcallers(plugin) or ():
+            for impl in caller.get_hookimpls():
+                if impl.plugin is plugin:
+                    attributed = self._attributed_wrapper if impl.wrapper else self._attributed
+                    # pluggy does not say who answered a firstresult hook, and asks the function it finds here
+                    setattr(impl, "function", attributed(impl.function, name, caller.name))  # noqa: B010  # Final in stubs
+
+    def _attributed(self, function: Callable[..., object], name: str, hook: str) -> Callable[..., object]:
+        def answer(*arguments: object) -> object:
+            self._asking.append(name)
+            try:
+                with self._blaming(name, hook):
+                    return self._hear(function(*arguments), name)
+            finally:
+                self._asking.pop()
+
+        return answer
+
+    def _attributed_wrapper(
+        self, function: Callable[..., Any], name: str, hook: str
+    ) -> Callable[..., Generator[None, object, object]]:
+        def answer(*arguments: object) -> Generator[None, object, object]:
+            with self._blaming(name, hook):
+                return self._hear((yield from function(*arguments)), name)
+
+        return answer
+
+    def _hear(self, value: object, name: str) -> object:
+        if self._heard:
+            self._heard[-1].append(Answer(value, name))
+        return value
+
+    @contextmanager
+    def _blaming(self, name: str, hook: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as err:
+            if hook_note(err) is None:
+                err.add_note(HookNote(f"in plugin {self.record(name).describe()}, hook {hook}"))
+            raise
+
+
+def hook_note(err: BaseException) -> HookNote | None:
+    """Return the note that says which plugin's hook raised `err`, or `None` if none did."""
+    notes = getattr(err, "__notes__", ())
+    return next((note for note in notes if isinstance(note, HookNote)), None)
+
+
+def did_you_mean(word: str, known: Collection[str]) -> str:
+    """Return ", did you mean 'x'?" for the nearest of `known`, or "" where none is near."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _spread(answer: Answer[Any]) -> list[Answer[Any]]:
+    """Return what a wrapper answered, a list, as claims of its own."""
+    if isinstance(answer.value, list):
+        return [Answer(value, answer.plugin) for value in answer.value]
+    return [answer]
+
+
+def _hook_names() -> set[str]:
+    return {name for name, spec in vars(hookspecs).items() if hasattr(spec, f"{PROJECT_NAME}_spec")}
+
+
+def _name_of(plugin: object) -> str:
+    if isinstance(plugin, ModuleType):
+        return plugin.__name__
+    kind = type(plugin)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _check_hooks(plugin: object, name: str, known: list[str]) -> None:
+    """Refuse what pluggy accepts in silence. Raises `PluginError`."""
+    if inspect.isclass(plugin):
+        raise PluginError(f"plugin {name!r} is the class {plugin.__qualname__}; register an instance of it")
+    marked = [a for a in dir(plugin) if hasattr(_member(plugin, a), f"{PROJECT_NAME}_impl")]
+    for attribute in marked:
+        options = getattr(_member(plugin, attribute), f"{PROJECT_NAME}_impl")
+        hook = options.get("specname") or attribute
+        if hook not in known:
+            hint = did_you_mean(hook, known)
+            raise PluginError(f"plugin {name!r} implements {hook!r}, which is no hook{hint}; hooks: {', '.join(known)}")
+    if not marked:
+        plain = [hook for hook in known if callable(_member(plugin, hook))]
+        why = f"; {', '.join(plain)} lacks the @hookimpl of infinilm_hookspecs" if plain else ""
+        raise PluginError(f"plugin {name!r} has no hook{why}")
+
+
+def _member(plugin: object, attribute: str) -> object:
+    """Return an attribute without running properties."""
+    found = inspect.getattr_static(plugin, attribute, None)
+    return None if isinstance(found, property) else getattr(plugin, attribute, None)
