@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import gcd, prod
 
-import numpy
-
 from infinilm_hookspecs.layout import Atom, Span
 
 Run = tuple[int, tuple[Atom, ...]]  # (offset, atoms) of strided elements of a stored tensor
@@ -52,6 +50,8 @@ class Usage:
 
 
 def _count(num_elements: int, runs: tuple[Run, ...]) -> tuple[int, int]:
+    import numpy  # most plans have no question for it, and listing plugins wants none
+
     # Elements that always come together are counted as one: whole rows, most of the time.
     unit = num_elements
     for offset, atoms in runs:

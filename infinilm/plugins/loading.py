@@ -55,7 +55,7 @@ def create_plugin_manager(*, plugins: Iterable[object] = (), autoload: bool = Tr
     for plugin in plugins:
         if not isinstance(plugin, str):
             pm.register(plugin)
-        elif words.pop(plugin.removeprefix("no:"), False):
+        elif not plugin.startswith("no:") and words.pop(plugin, False):
             _load_named(pm, plugin, in_tree, discovered)
     return pm
 
