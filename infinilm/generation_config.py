@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from infinilm.pipeline import Lineage
+from infinilm.plugins import Lineage
 from infinilm.sampling_params import SamplingParams
 from infinilm_hookspecs import Checkpoint, CheckpointError, DecoderConfig
 

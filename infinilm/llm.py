@@ -14,7 +14,7 @@ from infinilm.engine.sizing import size_cache
 from infinilm.generation_config import default_sampling_params, eos_token_ids, read_generation_config
 from infinilm.loading.execute import load
 from infinilm.outputs import RequestOutput
-from infinilm.plugins import PluginManager, create_plugin_manager
+from infinilm.plugins import PluginManager, create_plugin_manager, trace_lineage
 from infinilm.sampling_params import SamplingParams
 from infinilm_hookspecs import Backend, Processor, RequestError
 
@@ -59,7 +59,7 @@ class LLM:
         self.platform = pipeline.select_platform(pm, platform)
         self.checkpoint = pipeline.open_checkpoint(pm, str(model))
         with closing(self.checkpoint.value) as checkpoint:
-            self.lineage = pipeline.trace_lineage(pm, checkpoint.config)
+            self.lineage = trace_lineage(pm, checkpoint.config)
             request = pipeline.make_request(
                 self.lineage,
                 checkpoint,

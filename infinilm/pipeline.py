@@ -1,6 +1,7 @@
 """The one way through the house: a function for every stage, each the only caller of its hook.
 
-`LLM` and `infinilm inspect` both walk them in this order. Everything here reads headers only; what is wrong is an
+`LLM` and `infinilm inspect` both walk them in this order. `adapt_config` is `infinilm.plugins.trace_lineage`. Everything
+here reads headers only; what is wrong is an
 error that names the plugin, the file and what to do.
 """
 
@@ -13,18 +14,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from infinilm.loading.plan import LoadPlan, Stage, plan_load
-from infinilm.plugins import Answer, PluginManager
-from infinilm.plugins.host import did_you_mean
+from infinilm.plugins import Answer, Lineage, PluginManager
+from infinilm.plugins.host import did_you_mean, wrong_answer
+from infinilm.plugins.lineage import model_type_of
 from infinilm_hookspecs import (
     Backend,
     BackendRequest,
     Checkpoint,
     CheckpointError,
-    Config,
     ConfigError,
     DecoderConfig,
     InfinilmError,
@@ -35,21 +35,6 @@ from infinilm_hookspecs import (
 )
 
 _log = logging.getLogger("infinilm")
-
-_KEYS_THAT_NAME_CODE = ("auto_map", "_infinilm")
-
-
-@dataclass(frozen=True, slots=True)
-class Lineage:
-    """The configs a checkpoint's config passed through. `plugins[i]` made `configs[i + 1]` of `configs[i]`."""
-
-    configs: tuple[Config | DecoderConfig, ...]
-    plugins: tuple[str, ...]
-
-    def stages(self, taken: Config | DecoderConfig) -> list[Config]:
-        """Return the raw configs whose rules weights pass on their way to a backend that took `taken`."""
-        configs = self.configs[: next(i for i, config in enumerate(self.configs) if config is taken)]
-        return [config for config in configs if not isinstance(config, DecoderConfig)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +68,7 @@ def select_platform(pm: PluginManager, name: str = "auto") -> Answer[Platform]:
         raise UnavailableError(f"plugin {name!r} provides no platform on this machine.{pm.failures()}")
     kind = _import_dotted(answer) if isinstance(answer.value, str) else answer.value
     if not isinstance(kind, type) or not hasattr(kind, "availability"):
-        raise _wrong_answer(pm, answer, "provide_platform", "a Platform class or its dotted name")
+        raise wrong_answer(pm, answer, "provide_platform", "a Platform class or its dotted name")
     available, reason = kind.availability()
     if not available:
         raise UnavailableError(f"platform {answer.plugin!r} is not available: {reason}")
@@ -111,7 +96,7 @@ def open_checkpoint(pm: PluginManager, source: str) -> Answer[Checkpoint]:
     if answer is None:
         raise CheckpointError(f"no plugin opens {source!r}: {_what_lies_there(Path(source))}.{pm.failures()}")
     if not isinstance(answer.value, Checkpoint):
-        raise _wrong_answer(pm, answer, "open_checkpoint", "a Checkpoint")
+        raise wrong_answer(pm, answer, "open_checkpoint", "a Checkpoint")
     return answer
 
 
@@ -123,69 +108,7 @@ def _what_lies_there(path: Path) -> str:
     return f"it holds {shown}, and a model.safetensors or its index is wanted" if names else "the folder is empty"
 
 
-# ---------------------------------------------------------------- config
-
-
-def trace_lineage(pm: PluginManager, config: Config) -> Lineage:
-    """Return the configs that `config` is adapted to, until a `DecoderConfig` comes back or nobody answers.
-
-    Raises `ConfigError` for a config without a `model_type`, and for a cycle, which it shows.
-    """
-    configs: list[Config | DecoderConfig] = [freeze(without_code(config))]
-    plugins: list[str] = []
-    answered: dict[str, set[str]] = {}
-    while not isinstance(current := configs[-1], DecoderConfig):
-        model_type = model_type_of(current)
-        before = answered.setdefault(model_type, set())
-        answer = pm.ask_first("adapt_config", exclude=before, config=current)
-        if answer is None:
-            break
-        if not isinstance(answer.value, Mapping | DecoderConfig):
-            raise _wrong_answer(pm, answer, "adapt_config", "a config or a DecoderConfig")
-        before.add(answer.plugin)
-        adapted = answer.value if isinstance(answer.value, DecoderConfig) else freeze(answer.value)
-        plugins.append(answer.plugin)
-        configs.append(adapted)
-        if any(adapted == earlier for earlier in configs[:-1]):
-            circle = describe_lineage(Lineage(tuple(configs), tuple(plugins)))
-            raise ConfigError(f"the config goes in a circle: {circle}")
-    return Lineage(tuple(configs), tuple(plugins))
-
-
-def describe_lineage(lineage: Lineage) -> str:
-    """Return the lineage as one line: `abacus -> (minimal) llama -> (llama) DecoderConfig`."""
-    steps = [_step_name(lineage.configs[0])]
-    steps += [f"({p}) {_step_name(c)}" for p, c in zip(lineage.plugins, lineage.configs[1:], strict=True)]
-    return " -> ".join(steps)
-
-
-def _step_name(config: Config | DecoderConfig) -> str:
-    return "DecoderConfig" if isinstance(config, DecoderConfig) else model_type_of(config)
-
-
-def model_type_of(config: Config) -> str:
-    """Return the `model_type` of a raw config, in lower case. Raises `ConfigError` when it has none."""
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or not model_type:
-        raise ConfigError(f"the config has the model_type {model_type!r}; a name such as 'llama' is wanted")
-    return model_type.lower()
-
-
-def without_code(config: Config) -> Config:
-    """Return `config` without the keys that name code to run: a checkpoint is data. Mentions what it removed."""
-    removed = sorted(key for key in config if str(key).startswith(_KEYS_THAT_NAME_CODE))
-    if removed:
-        _log.warning("ignored %s of the config: a checkpoint names no code", ", ".join(removed))
-    return {key: value for key, value in config.items() if key not in removed}
-
-
-def freeze(value: Any) -> Any:
-    """Return a config read-only all the way down: mappings that cannot be changed, and tuples for lists."""
-    if isinstance(value, Mapping):
-        return MappingProxyType({key: freeze(item) for key, item in value.items()})
-    if isinstance(value, list | tuple):
-        return tuple(freeze(item) for item in value)
-    return value
+# ---------------------------------------------------------------- dtype and sizes
 
 
 def choose_dtype(wanted: str, lineage: Lineage, checkpoint: Checkpoint, platform: Platform) -> str:
@@ -284,7 +207,7 @@ def choose_backend(pm: PluginManager, request: BackendRequest, name: str = "auto
         raise _no_backend(pm, request, declined)
     answer = next(answer for answer in heard if answer.value is backend)
     if not isinstance(backend, Backend):
-        raise _wrong_answer(pm, answer, "provide_backend", "a Backend, or request.decline(reason)")
+        raise wrong_answer(pm, answer, "provide_backend", "a Backend, or request.decline(reason)")
     if all(backend.config is not config for config in request.lineage):
         raise PluginError(f"the backend of plugin {answer.plugin!r} took a config that is not one of the lineage's")
     return BackendChoice(backend, answer.plugin, declined)
@@ -318,7 +241,7 @@ def collect_stages(pm: PluginManager, lineage: Lineage, backend: Backend, backen
         if answer is None:
             continue
         if not callable(answer.value) and not isinstance(answer.value, Mapping):
-            raise _wrong_answer(pm, answer, "remap_weight", "a function of one Weight or a table")
+            raise wrong_answer(pm, answer, "remap_weight", "a function of one Weight or a table")
         before.add(answer.plugin)
         stages.append(Stage(answer.value, answer.plugin))
     if backend.weight_rule is not None:
@@ -339,10 +262,5 @@ def select_processor(pm: PluginManager, lineage: Lineage, checkpoint: Checkpoint
     """Return the model's processor, or `None` where no plugin has one: the model then takes token ids only."""
     answer = pm.ask_first("select_processor", lineage=lineage.configs, checkpoint=checkpoint)
     if answer is not None and not isinstance(answer.value, Processor):
-        raise _wrong_answer(pm, answer, "select_processor", "a Processor")
+        raise wrong_answer(pm, answer, "select_processor", "a Processor")
     return answer
-
-
-def _wrong_answer(pm: PluginManager, answer: Answer[Any], hook: str, wanted: str) -> PluginError:
-    plugin = pm.record(answer.plugin).describe()
-    return PluginError(f"plugin {plugin} answered {hook} with {answer.value!r:.200}, and {wanted} is wanted")

@@ -17,7 +17,7 @@ LAYERS = {
     "cli": {"cli", "llm", "pipeline", "plugins", "loading"},
     "llm": {"pipeline", "plugins", "loading", "engine", "progress", "generation_config", "outputs", "sampling_params"},
     "pipeline": {"plugins", "loading"},
-    "generation_config": {"pipeline", "sampling_params"},
+    "generation_config": {"plugins", "sampling_params"},
     "plugins": {"plugins"},
     "loading": {"loading"},
     "engine": {"engine", "outputs", "sampling_params"},

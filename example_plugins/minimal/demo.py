@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from infinilm import LLM
-from infinilm.pipeline import describe_lineage
+from infinilm.plugins.lineage import describe_lineage
 
 MODEL = Path(__file__).parent / "model"
 SUMS = {

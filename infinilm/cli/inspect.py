@@ -15,7 +15,8 @@ from infinilm import pipeline
 from infinilm.cli.errors import describe, is_users
 from infinilm.loading.messages import group_messages
 from infinilm.loading.plan import LoadPlan, PlannedParameter
-from infinilm.plugins import create_plugin_manager
+from infinilm.plugins import create_plugin_manager, trace_lineage
+from infinilm.plugins.lineage import model_type_of
 from infinilm_hookspecs import DecoderConfig
 
 
@@ -65,11 +66,11 @@ def _walk(report: dict[str, Any], model: str, plugins: Iterable[object], stack: 
         "plugin": opened.plugin,
         "num_tensors": len(checkpoint.tensors),
     }
-    lineage = pipeline.trace_lineage(pm, checkpoint.config)
+    lineage = trace_lineage(pm, checkpoint.config)
     report["lineage"] = [
         {"model_type": config.model_type, "plugin": plugin, "is_decoder": True}
         if isinstance(config, DecoderConfig)
-        else {"model_type": pipeline.model_type_of(config), "plugin": plugin, "is_decoder": False}
+        else {"model_type": model_type_of(config), "plugin": plugin, "is_decoder": False}
         for config, plugin in zip(lineage.configs, (None, *lineage.plugins), strict=True)
     ]
     request = pipeline.make_request(

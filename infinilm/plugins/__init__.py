@@ -4,8 +4,9 @@ Imports neither torch nor transformers.
 """
 
 from infinilm.plugins.host import Answer, PluginManager
+from infinilm.plugins.lineage import Lineage, trace_lineage
 from infinilm.plugins.loading import create_plugin_manager
 from infinilm.plugins.report import PluginRecord
 from infinilm_hookspecs import hookimpl
 
-__all__ = ["Answer", "PluginManager", "PluginRecord", "create_plugin_manager", "hookimpl"]
+__all__ = ["Answer", "Lineage", "PluginManager", "PluginRecord", "create_plugin_manager", "hookimpl", "trace_lineage"]

@@ -193,6 +193,12 @@ def hook_note(err: BaseException) -> HookNote | None:
     return next((note for note in notes if isinstance(note, HookNote)), None)
 
 
+def wrong_answer(pm: PluginManager, answer: Answer[Any], hook: str, wanted: str) -> PluginError:
+    """Return the error for an answer that is not what the hook returns."""
+    plugin = pm.record(answer.plugin).describe()
+    return PluginError(f"plugin {plugin} answered {hook} with {answer.value!r:.200}, and {wanted} is wanted")
+
+
 def did_you_mean(word: str, known: Collection[str]) -> str:
     """Return ", did you mean 'x'?" for the nearest of `known`, or "" where none is near."""
     close = difflib.get_close_matches(word, known, n=1)
