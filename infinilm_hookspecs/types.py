@@ -125,7 +125,7 @@ class BackendRequest:
     max_num_seqs: int
     on_decline: Callable[[str], None] = field(repr=False, compare=False, default=lambda reason: None)
 
-    def decline(self, reason: str) -> None:
+    def decline(self, reason: str) -> Any:  # None; Any lets a typed plugin write `return request.decline(...)`
         """Record why this backend does not take the model, and return `None` for the hook to return."""
         self.on_decline(reason)
 

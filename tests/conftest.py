@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from infinilm.plugins import PluginManager, create_plugin_manager
+
+# Tests are tiny: threads of one step that wait for each other on a busy machine cost more than they save.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""In-tree backend plugins: what runs a model."""

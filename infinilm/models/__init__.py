@@ -1,0 +1,1 @@
+"""In-tree model plugins: one self-contained file per family."""
