@@ -1,0 +1,161 @@
+"""Chat templates, rendered as transformers renders them.
+
+A template is a program that comes with the checkpoint: it runs in Jinja's immutable sandbox and sees JSON values only.
+The conventions (trimmed blocks, loop controls, `raise_exception`, `strftime_now`, `tojson` without escapes, the
+`{% generation %}` tag) are those of transformers' `chat_template_utils.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from infinilm.processors._checkpoint_json import read_json
+from infinilm_hookspecs import Checkpoint, CheckpointError, RequestError
+
+_NAMES = ("chat_template.jinja", "tokenizer_config.json", "chat_template.json")
+
+
+class ChatTemplate:
+    """The template of one checkpoint; one of several by name, where it has a special one for tools."""
+
+    def __init__(self, sources: Mapping[str, str], origin: str, variables: Mapping[str, str]) -> None:
+        """Take the sources by template name, where they come from, and variables such as `bos_token`."""
+        self._sources = sources
+        self._origin = origin
+        self._variables = variables
+        self._environment = _environment()
+
+    @classmethod
+    def open(cls, checkpoint: Checkpoint) -> ChatTemplate:
+        """Find the template: `chat_template.jinja` before `tokenizer_config.json` before `chat_template.json`."""
+        config = read_json(checkpoint, "tokenizer_config.json")
+        variables = special_tokens(checkpoint)
+        path = checkpoint.file("chat_template.jinja")
+        if path is not None:
+            return cls({"default": path.read_text(encoding="utf-8")}, str(path), variables)
+        for name, values in (_NAMES[1], config), (_NAMES[2], read_json(checkpoint, _NAMES[2])):
+            if values.get("chat_template"):
+                origin = str(checkpoint.file(name))
+                return cls(_named_sources(values["chat_template"], origin), origin, variables)
+        return cls({}, ", ".join(_NAMES), variables)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+        template_kwargs: Mapping[str, Any],
+    ) -> str:
+        """Return the prompt. Raises `RequestError` where there is no template, or it refuses the conversation."""
+        template = self._compile("tool_use" if tools is not None and "tool_use" in self._sources else "default")
+        variables = {
+            "documents": None,
+            **self._variables,
+            **_plain(template_kwargs, "chat_template_kwargs"),
+            "messages": _plain(messages, "messages"),
+            "tools": _plain(tools, "tools"),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            return template.render(variables)
+        except Exception as err:  # the template is a program: whatever it raises, it raises about this conversation
+            raise RequestError(f"the chat template of {self._origin} refuses the conversation: {err}") from err
+
+    def _compile(self, name: str) -> jinja2.Template:
+        if not self._sources:
+            raise RequestError(
+                f"this model has no chat template (looked in {self._origin}); use generate() with a plain prompt, or "
+                "put a chat_template.jinja beside the weights"
+            )
+        if name not in self._sources:
+            raise RequestError(
+                f"{self._origin} has no chat template named {name!r}, only {sorted(self._sources)}; name one 'default'"
+            )
+        try:
+            return self._environment.from_string(self._sources[name])
+        except jinja2.TemplateSyntaxError as err:
+            raise CheckpointError(
+                f"the chat template {name!r} of {self._origin} is not Jinja: line {err.lineno}: {err.message}"
+            ) from err
+
+
+def special_tokens(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return `bos_token`, `eos_token` and their kind: text by name, from `tokenizer_config.json` before the map."""
+    files = (read_json(checkpoint, name) for name in ("special_tokens_map.json", "tokenizer_config.json"))
+    found: dict[str, str] = {}
+    for values in files:
+        for key, value in values.items():
+            content = value.get("content") if isinstance(value, dict) else value
+            if key.endswith("_token") and isinstance(content, str):
+                found[key] = content
+    return found
+
+
+def _named_sources(value: object, origin: str) -> dict[str, str]:
+    """Read the two spellings: one template, or a list of `{"name": ..., "template": ...}`."""
+    if isinstance(value, str):
+        return {"default": value}
+    try:
+        sources = {item["name"]: item["template"] for item in value}  # type: ignore[attr-defined]  # checked by doing
+    except (TypeError, KeyError) as err:
+        raise CheckpointError(f"chat_template of {origin} is neither a string nor a list of named templates") from err
+    return sources
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what a model said, for training; here it is a scope like any other."""
+
+    tags = {"generation"}  # noqa: RUF012  # Jinja's own way to declare it
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:  # templates name the argument
+    return datetime.now().strftime(format)
+
+
+def _plain(value: Any, where: str) -> Any:
+    """Rebuild `value` from JSON's types: methods of richer objects are no business of a template."""
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        return [_plain(item, f"{where}[{at}]") for at, item in enumerate(value)]
+    raise RequestError(f"{where} is {type(value).__name__}, and a chat template takes JSON values only")
