@@ -1,8 +1,8 @@
 """The one way through the house: a function for every stage, each the only caller of its hook.
 
-`LLM` and `infinilm inspect` both walk them in this order. `adapt_config` is `infinilm.plugins.trace_lineage`. Everything
-here reads headers only; what is wrong is an
-error that names the plugin, the file and what to do.
+`LLM` and `infinilm inspect` both walk them in this order; between the checkpoint and the backend comes the lineage,
+`infinilm.plugins.trace_lineage`. Everything here reads headers only, and what is wrong is an error that names the
+plugin, the file and what to do.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from infinilm.loading.plan import LoadPlan, Stage, plan_load
+from infinilm.loading.plan import LoadPlan, plan_load
+from infinilm.loading.stages import Stage
 from infinilm.plugins import Answer, Lineage, PluginManager
 from infinilm.plugins.host import did_you_mean, wrong_answer
 from infinilm.plugins.lineage import model_type_of
@@ -33,6 +34,7 @@ from infinilm_hookspecs import (
     Processor,
     UnavailableError,
 )
+from infinilm_hookspecs.state_dicts import RuleChain, StateDictRule
 
 _log = logging.getLogger("infinilm")
 
@@ -240,10 +242,14 @@ def collect_stages(pm: PluginManager, lineage: Lineage, backend: Backend, backen
         answer = pm.ask_first("remap_weight", exclude=before, config=config)
         if answer is None:
             continue
-        if not callable(answer.value) and not isinstance(answer.value, Mapping):
-            raise wrong_answer(pm, answer, "remap_weight", "a function of one Weight or a table")
         before.add(answer.plugin)
-        stages.append(Stage(answer.value, answer.plugin))
+        chain = answer.value if isinstance(answer.value, RuleChain) else RuleChain((answer.value,))
+        for rule in chain.rules:
+            if not callable(rule) and not isinstance(rule, Mapping | StateDictRule):
+                raise wrong_answer(pm, answer, "remap_weight", "a function of one Weight or a table")
+            stages.append(Stage(rule, answer.plugin))
+        if chain.is_final:
+            break
     if backend.weight_rule is not None:
         stages.append(Stage(backend.weight_rule, backend_plugin))
     return stages
@@ -261,6 +267,14 @@ def make_plan(pm: PluginManager, checkpoint: Checkpoint, lineage: Lineage, choic
 def select_processor(pm: PluginManager, lineage: Lineage, checkpoint: Checkpoint) -> Answer[Processor] | None:
     """Return the model's processor, or `None` where no plugin has one: the model then takes token ids only."""
     answer = pm.ask_first("select_processor", lineage=lineage.configs, checkpoint=checkpoint)
+    if answer is not None and isinstance(answer.value, str):
+        asked = pm.others(answer.value)
+        named = pm.ask_first("select_processor", exclude=asked, lineage=lineage.configs, checkpoint=checkpoint)
+        if named is None:
+            raise PluginError(
+                f"plugin {answer.plugin!r} names the processor of plugin {answer.value!r}, and that one has none here"
+            )
+        answer = named
     if answer is not None and not isinstance(answer.value, Processor):
-        raise wrong_answer(pm, answer, "select_processor", "a Processor")
+        raise wrong_answer(pm, answer, "select_processor", "a Processor, or the name of the plugin that has one")
     return answer

@@ -1,8 +1,8 @@
 """Weight rules: what `remap_weight` returns, and how a table of templates becomes a function.
 
 A table's keys are whole names. `{braces}` capture an integer, which the value may use again; the most literal key that
-fits wins. A value is a template, `DROP`, or a callable that gets the weight and the captured integers by name. A name
-that no key fits passes unchanged.
+fits wins, and two that fit equally well are an error. A value is a template, `DROP`, or a callable that gets the weight
+and the captured integers by name. A name that no key fits passes unchanged.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from string import Formatter
-from typing import Any, Final
+from typing import Final
 
 from infinilm_hookspecs.errors import WeightError
+from infinilm_hookspecs.state_dicts import RuleChain, StateDictRule
 from infinilm_hookspecs.weight import Weight
 
 
@@ -30,59 +31,127 @@ DROP: Final = Drop()
 """Says that a stored tensor is not wanted; beside weights in a sequence, that the rest of it is not."""
 
 Mapped = Weight | Sequence[Weight | Drop] | Drop | None
-WeightRule = Callable[[Weight], Mapped] | Mapping[str, str | Drop | Callable[..., Mapped]]
+WeightRule = Callable[[Weight], Mapped] | Mapping[str, str | Drop | Callable[..., Mapped]] | StateDictRule | RuleChain
 
-_INTEGER = re.compile(r"\d+")
+_INTEGER = re.compile(r"([0-9]+)")
+
+Skeleton = tuple[str, ...]  # what stands around the integers of a name
 
 
 class _Entry:
     """One key of a table: which names it fits and what it makes of them."""
 
-    __slots__ = ("key", "literals", "pattern", "value")
+    __slots__ = ("captures", "has_repeats", "key", "literals", "num_fixed", "skeleton", "value")
 
-    def __init__(self, key: str, value: object) -> None:
+    def __init__(self, key: object, value: object) -> None:
+        if not isinstance(key, str):
+            raise WeightError(f"key {key!r} of a weight table: a key is the whole name of a weight")
         self.key = key
         self.value = value
-        names: list[str] = []
-        pattern = ""
+        pieces = [""]  # text and integers in turn, as `_INTEGER.split` returns them
+        self.captures: dict[int, str] = {}  # which integer of the name is called what
         try:
             parts = list(Formatter().parse(key))
         except ValueError as err:
-            raise WeightError(f"key {key!r} of a weight table: {err}") from err
+            raise self._malformed(str(err)) from err
         for literal, name, spec, conversion in parts:
-            pattern += re.escape(literal)
+            text, *more = _INTEGER.split(literal)
+            pieces[-1] += text
+            pieces += more
             if name is None:
                 continue
             if not name.isidentifier() or spec or conversion:
-                raise WeightError(f"key {key!r} of a weight table: {{{name}}} must be a plain name in braces")
-            pattern += f"(?P={name})" if name in names else rf"(?P<{name}>\d+)"
-            names.append(name)
-        self.pattern = re.compile(pattern)
-        self.literals = len(_INTEGER.findall("".join(literal for literal, *_ in parts)))
-        self._check_value(names)
+                raise self._malformed(f"{{{name}}} must be a plain name in braces")
+            self.captures[len(pieces) // 2] = name
+            pieces += ["", ""]
+        self._check_neighbours(pieces)
+        self.skeleton: Skeleton = tuple(pieces[::2])
+        numbers = pieces[1::2]
+        self.literals = {at: number for at, number in enumerate(numbers) if at not in self.captures}
+        free = set(self.captures.values())
+        self.num_fixed = len(numbers) - len(free)  # integers of a name that are not free: the more, the more literal
+        self.has_repeats = len(free) < len(self.captures)
+        self._check_value()
 
-    def _check_value(self, names: list[str]) -> None:
+    def _malformed(self, what: str) -> WeightError:
+        return WeightError(f"key {self.key!r} of a weight table: {what}")
+
+    def _check_neighbours(self, pieces: Sequence[str]) -> None:
+        """Refuse two integers with nothing between them: no name says where one ends."""
+        for at in range(1, len(pieces[::2]) - 1):
+            if not pieces[2 * at]:
+                one, other = self.captures.get(at - 1), self.captures.get(at)
+                both = f"{{{one}}} and {{{other}}} touch" if one and other else f"{{{one or other}}} touches a digit"
+                raise self._malformed(f"{both}, and nothing says where one number ends")
+
+    def _check_value(self) -> None:
+        where = f"weight table {self.key!r}: {self.value!r}"
         if isinstance(self.value, str):
-            wanted = {name for _, name, _, _ in Formatter().parse(self.value) if name is not None}
-            if not wanted <= set(names):
-                missing = ", ".join(sorted(wanted - set(names)))
-                raise WeightError(f"weight table {self.key!r}: {self.value!r} uses {missing}, which the key lacks")
+            known = set(self.captures.values())
+            try:
+                wanted = {name for _, name, _, _ in Formatter().parse(self.value) if name is not None}
+                if wanted <= known:
+                    self.value.format(**dict.fromkeys(known, 0))
+            except (ValueError, LookupError) as err:
+                raise WeightError(f"{where}: {err}") from err
+            if not wanted <= known:
+                raise WeightError(f"{where} uses {', '.join(sorted(wanted - known))}, which the key lacks")
         elif not isinstance(self.value, Drop) and not callable(self.value):
-            raise WeightError(f"weight table {self.key!r}: {self.value!r} is neither a template, DROP, nor a callable")
+            raise WeightError(f"{where} is neither a template, DROP, nor a callable")
 
-    def skeleton(self) -> str:
-        """Return the key with every integer, captured or literal, replaced by `#`."""
-        parts = (literal + ("" if name is None else "0") for literal, name, _, _ in Formatter().parse(self.key))
-        return _INTEGER.sub("#", "".join(parts))
+    def fits(self, numbers: Sequence[str]) -> bool:
+        """Return whether the captures of a name with this skeleton and these literals agree with each other."""
+        if not self.has_repeats:
+            return True
+        seen: dict[str, str] = {}
+        return all(seen.setdefault(name, numbers[at]) == numbers[at] for at, name in self.captures.items())
 
-    def map(self, weight: Weight, numbers: Mapping[str, int]) -> Mapped:
+    def map(self, weight: Weight, numbers: Sequence[str]) -> Mapped:
         """Return what the value makes of a weight whose name fits."""
-        if isinstance(self.value, str):
-            return weight.rename(self.value.format(**numbers))
         if isinstance(self.value, Drop):
             return self.value
-        mapped: Mapped = self.value(weight, **numbers)  # type: ignore[operator]  # _check_value saw that it is callable
+        captured = {name: int(numbers[at]) for at, name in self.captures.items()}
+        if isinstance(self.value, str):
+            return weight.rename(self.value.format(**captured))
+        mapped: Mapped = self.value(weight, **captured)  # type: ignore[operator]  # _check_value saw that it is callable
         return mapped
+
+
+class _Table:
+    """The entries of a table by skeleton, then by the integers that are literal: few have to be tried for a name."""
+
+    def __init__(self, rule: Mapping[str, object]) -> None:
+        # skeleton -> (how literal, which integers are) -> those integers -> entries
+        shelves: dict[Skeleton, dict[tuple[int, tuple[int, ...]], dict[tuple[str, ...], list[_Entry]]]] = {}
+        for key, value in rule.items():
+            entry = _Entry(key, value)
+            shelf = shelves.setdefault(entry.skeleton, {}).setdefault((entry.num_fixed, tuple(entry.literals)), {})
+            rivals = shelf.setdefault(tuple(entry.literals.values()), [])
+            for rival in rivals:
+                if _groups(rival) == _groups(entry):
+                    raise WeightError(f"weight table: {rival.key!r} and {key!r} fit the same names")
+            rivals.append(entry)
+        self._shelves = {skeleton: sorted(found.items(), reverse=True) for skeleton, found in shelves.items()}
+
+    def __call__(self, weight: Weight) -> Mapped:
+        pieces = _INTEGER.split(weight.name)
+        shelves = self._shelves.get(tuple(pieces[::2]))
+        if shelves is None:
+            return None
+        numbers = pieces[1::2]
+        best: _Entry | None = None
+        for (num_fixed, literal), shelf in shelves:
+            if best is not None and num_fixed < best.num_fixed:
+                break
+            for entry in shelf.get(tuple([numbers[at] for at in literal]), ()):
+                if not entry.fits(numbers):
+                    continue
+                if best is not None:
+                    raise WeightError(
+                        f"weight table: {best.key!r} and {entry.key!r} both fit; give {weight.name!r} a key of its own"
+                    )
+                best = entry
+        return None if best is None else best.map(weight, numbers)
 
 
 def compile_rule(rule: WeightRule) -> Callable[[Weight], Mapped]:
@@ -91,31 +160,10 @@ def compile_rule(rule: WeightRule) -> Callable[[Weight], Mapped]:
         return rule
     if not isinstance(rule, Mapping):
         raise WeightError(f"a weight rule is a function or a table, not {rule!r}")
-    entries: dict[str, list[_Entry]] = {}
-    for key, value in rule.items():
-        entry = _Entry(key, value)
-        rivals = entries.setdefault(entry.skeleton(), [])
-        for rival in rivals:
-            if rival.literals == entry.literals and _same_names(rival, entry):
-                raise WeightError(f"weight table: {rival.key!r} and {key!r} fit the same names")
-        rivals.append(entry)
-    for rivals in entries.values():
-        rivals.sort(key=lambda entry: -entry.literals)
-
-    def run_table(weight: Weight) -> Mapped:
-        for entry in entries.get(_INTEGER.sub("#", weight.name), ()):
-            fit = entry.pattern.fullmatch(weight.name)
-            if fit is not None:
-                return entry.map(weight, {name: int(number) for name, number in fit.groupdict().items()})
-        return None
-
-    return run_table
+    return _Table(rule)
 
 
-def _same_names(one: _Entry, other: _Entry) -> bool:
-    """Return whether two keys of one skeleton and as many literals differ in nothing but what they call integers."""
-
-    def anonymous(key: str) -> list[tuple[Any, bool]]:
-        return [(literal, name is not None) for literal, name, _, _ in Formatter().parse(key)]
-
-    return anonymous(one.key) == anonymous(other.key)
+def _groups(entry: _Entry) -> list[int]:
+    """Return for every capture the first integer that must equal it: what is left of a key without its names."""
+    names = list(entry.captures.values())
+    return [names.index(name) for name in names]

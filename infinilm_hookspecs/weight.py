@@ -1,123 +1,33 @@
-"""`Weight`: a tensor that has not been read, and the algebra of what a plugin may do with it.
+"""`Weight`: a tensor that has not been read, which speaks torch.
 
-A weight is made of *pieces*. Each is a strided layout over one stored tensor, plus pointwise operations, plus the box
-of the weight that it fills; most weights have one piece that fills all. Every method returns a new weight at once,
-whatever the size, and raises `WeightError` where the tensors cannot be made so. What no layout expresses becomes a
-*deferred* step over whole tensors, computed at load. Reading, coverage and export work on the pieces; nothing here
-knows files, parameters or torch.
+The algebra is `StridedTensor`'s. Here are torch's other names for it, its operators, and the door for torch's
+functions; what the algebra does not express becomes a deferred step, computed at load.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from infinilm_hookspecs.dtypes import ITEM_SIZES, dtype_name, is_lossless
+from infinilm_hookspecs.dtypes import ITEM_SIZES
 from infinilm_hookspecs.errors import WeightError
-from infinilm_hookspecs.layout import Axis, Misfit, Span, cut, reshape_axes, row_major
+from infinilm_hookspecs.strided import StridedTensor, infer_size
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
-
-Operation = tuple[str, Any]  # ("to", dtype name) | ("add", number) | ("mul", number)
 
 
-class Deferred:
-    """A step that only the values can tell: `function` of the whole tensors `inputs`, and its inverse if it has one."""
-
-    __slots__ = ("function", "inputs", "inverse", "label")
-
-    def __init__(
-        self,
-        inputs: tuple[Weight, ...],
-        function: Callable[..., Tensor],
-        inverse: Callable[[Tensor], Tensor] | None,
-        label: str,
-    ) -> None:
-        self.inputs = inputs
-        self.function = function
-        self.inverse = inverse
-        self.label = label
-
-
-class Source:
-    """Where a piece's elements come from: a stored tensor, or the result of a deferred step."""
-
-    __slots__ = ("deferred", "dtype", "name", "shape")
-
-    def __init__(self, name: str, shape: tuple[int, ...], dtype: str, deferred: Deferred | None = None) -> None:
-        self.name = name
-        self.shape = shape
-        self.dtype = dtype
-        self.deferred = deferred
-
-
-class Piece:
-    """Elements of one source, and the box of the weight they fill. `axes` and `place` are `None` for "all of it"."""
-
-    __slots__ = ("axes", "offset", "operations", "place", "source")
-
-    def __init__(
-        self,
-        source: Source,
-        offset: int = 0,
-        axes: tuple[Axis, ...] | None = None,
-        operations: tuple[Operation, ...] = (),
-        place: tuple[Span, ...] | None = None,
-    ) -> None:
-        self.source = source
-        self.offset = offset
-        self.axes = axes
-        self.operations = operations
-        self.place = place
-
-    def layout(self) -> tuple[Axis, ...]:
-        """Return the axes, spelled out."""
-        return row_major(self.source.shape) if self.axes is None else self.axes
-
-    def box(self, shape: tuple[int, ...]) -> tuple[Span, ...]:
-        """Return (start, extent) of every dimension of a weight of `shape` that this piece fills."""
-        return tuple((0, size) for size in shape) if self.place is None else self.place
-
-
-class Weight:
+class Weight(StridedTensor):
     """A tensor that has not been read. Methods are torch's, return new weights, and compute shapes at once.
 
-    Made by the core for every stored tensor; a rule returns what it made of it. `trail` holds the plugins whose rules
-    it went through, oldest first.
+    Made by the core for every stored tensor; a rule returns what it made of it. torch's functions take weights too; see
+    `infinilm_hookspecs.torch_functions`.
     """
 
-    __slots__ = ("dtype", "name", "pieces", "shape", "trail")
+    __slots__ = ()
 
-    def __init__(
-        self, name: str, shape: tuple[int, ...], dtype: str, pieces: tuple[Piece, ...], trail: tuple[str, ...] = ()
-    ) -> None:
-        self.name = name
-        self.shape = shape
-        self.dtype = dtype
-        self.pieces = pieces
-        self.trail = trail
-
-    @classmethod
-    def stored(cls, name: str, shape: tuple[int, ...], dtype: str) -> Weight:
-        """Return the weight that is the stored tensor `name`, whole and unchanged."""
-        return cls(name, shape, dtype, (Piece(Source(name, shape, dtype)),))
-
-    def __repr__(self) -> str:
-        return f"Weight({self.name!r}, {list(self.shape)}, {self.dtype})"
-
-    # ------------------------------------------------------------ names and numbers
-
-    def rename(self, name: str) -> Weight:
-        """Return the same tensor under another name."""
-        return Weight(name, self.shape, self.dtype, self.pieces, self.trail)
-
-    @property
-    def ndim(self) -> int:
-        """Number of dimensions."""
-        return len(self.shape)
+    # ------------------------------------------------------------ sizes
 
     def dim(self) -> int:
         """Return the number of dimensions."""
@@ -134,40 +44,14 @@ class Weight:
     @property
     def nbytes(self) -> int:
         """Bytes of all elements in this dtype."""
-        return prod(self.shape) * ITEM_SIZES[self.dtype]
+        return prod(self.shape) * ITEM_SIZES[self.dtype_name]
 
     def __len__(self) -> int:
         if not self.shape:
             raise TypeError(f"len() of {self!r}, which has no dimensions")
         return self.shape[0]
 
-    # ------------------------------------------------------------ cutting
-
-    def __getitem__(self, index: Any) -> Weight:
-        """Return a slice: ints, slices with any positive step, `...` and `None`, as in torch."""
-        indices = list(index) if isinstance(index, tuple) else [index]
-        if Ellipsis in indices:
-            at = indices.index(Ellipsis)
-            missing = self.ndim - sum(i is not None for i in indices) + 1
-            indices[at : at + 1] = [slice(None)] * missing
-        result, shape, dim = self, list[int](), 0
-        for item in indices:
-            if item is None:
-                shape.append(1)
-                continue
-            if dim >= self.ndim:
-                raise WeightError(f"{self!r}: {len(indices)} indices for {self.ndim} dimensions")
-            if isinstance(item, slice):
-                result = result._slice(dim, item)
-                shape.append(result.shape[dim])
-            elif isinstance(item, int):
-                row = self._row(dim, item)
-                result = result._slice(dim, slice(row, row + 1))
-            else:
-                raise WeightError(f"{self!r}: index {item!r} is neither an int nor a slice")
-            dim += 1
-        shape += result.shape[dim:]
-        return result if tuple(shape) == result.shape else result.reshape(shape)
+    # ------------------------------------------------------------ torch's other names for the algebra
 
     def narrow(self, dim: int, start: int, length: int) -> Weight:
         """Return rows [start, start + length) of `dim`."""
@@ -175,17 +59,6 @@ class Weight:
         if not 0 <= start <= start + length <= self.shape[dim]:
             raise WeightError(f"{self!r}: rows {start} to {start + length} of dimension {dim}")
         return self._slice(dim, slice(start, start + length))
-
-    def split(self, sizes: int | Sequence[int], dim: int = 0) -> tuple[Weight, ...]:
-        """Return consecutive slices along `dim`, of `sizes` each or of the sizes given, which add up to all of it."""
-        dim = self._dimension(dim)
-        total = self.shape[dim]
-        if isinstance(sizes, int):
-            sizes = [min(sizes, total - start) for start in range(0, total, sizes)]
-        if sum(sizes) != total:
-            raise WeightError(f"{self!r}: split into {list(sizes)} along dimension {dim} of {total}")
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        return tuple(self._slice(dim, slice(a, a + n)) for a, n in zip(starts, sizes, strict=True))
 
     def chunk(self, chunks: int, dim: int = 0) -> tuple[Weight, ...]:
         """Return `chunks` slices along `dim`, the last one smaller where it does not divide."""
@@ -195,61 +68,6 @@ class Weight:
         """Return every row of `dim` as a weight with one dimension less."""
         dim = self._dimension(dim)
         return tuple(self[(slice(None),) * dim + (row,)] for row in range(self.shape[dim]))
-
-    def _slice(self, dim: int, index: slice) -> Weight:
-        start, stop, step = index.indices(self.shape[dim])
-        if step < 1:
-            raise WeightError(f"{self!r}: step {step} of {index}; steps are positive, as in torch")
-        count = len(range(start, stop, step))
-        if (start, count, step) == (0, self.shape[dim], 1):
-            return self
-        shape = (*self.shape[:dim], count, *self.shape[dim + 1 :])
-        pieces: list[Piece] = []
-        for piece in self.pieces:
-            box = piece.box(self.shape)
-            begin, extent = box[dim]
-            first = max(0, -(-(begin - start) // step))
-            last = min(count, -(-(begin + extent - start) // step))
-            axes = piece.layout()
-            for run in cut(axes[dim], start + first * step - begin, last - first, step):
-                place = (first + run.row, prod(size for size, _ in run.axis))
-                pieces.append(
-                    Piece(
-                        piece.source,
-                        piece.offset + run.offset,
-                        (*axes[:dim], run.axis, *axes[dim + 1 :]),
-                        piece.operations,
-                        _whole_or((*box[:dim], place, *box[dim + 1 :]), shape),
-                    )
-                )
-        return Weight(self.name, shape, self.dtype, tuple(pieces), self.trail)
-
-    # ------------------------------------------------------------ moving dimensions
-
-    def permute(self, *dims: int | Sequence[int]) -> Weight:
-        """Return the tensor with its dimensions in the order given."""
-        order = [self._dimension(d) for d in _flatten(dims)]
-        if sorted(order) != list(range(self.ndim)):
-            raise WeightError(f"{self!r}: permute{tuple(dims)} does not name every dimension once")
-        pieces = tuple(
-            Piece(
-                piece.source,
-                piece.offset,
-                tuple(axes[d] for d in order),
-                piece.operations,
-                piece.place and tuple(piece.place[d] for d in order),
-            )
-            for piece in self.pieces
-            for axes in [piece.layout()]
-        )
-        return Weight(self.name, tuple(self.shape[d] for d in order), self.dtype, pieces, self.trail)
-
-    def transpose(self, dim0: int, dim1: int) -> Weight:
-        """Return the tensor with two dimensions exchanged."""
-        order = list(range(self.ndim))
-        a, b = self._dimension(dim0), self._dimension(dim1)
-        order[a], order[b] = order[b], order[a]
-        return self.permute(order)
 
     def t(self) -> Weight:
         """Return the transpose of a matrix; a vector is its own."""
@@ -262,26 +80,7 @@ class Weight:
         """The transpose of a matrix."""
         return self.t()
 
-    def reshape(self, *shape: int | Sequence[int]) -> Weight:
-        """Return the same elements, row-major, in another shape; one size may be -1."""
-        new = self._infer(_flatten(shape))
-        if new == self.shape:
-            return self
-        if prod(new) == 0:
-            return Weight(self.name, new, self.dtype, (), self.trail)
-        pieces: list[Piece] = []
-        try:
-            for p in self.pieces:
-                boxes = reshape_axes(p.layout(), p.box(self.shape), self.shape, new)
-                pieces += [
-                    Piece(p.source, p.offset + offset, axes, p.operations, _whole_or(place, new))
-                    for offset, axes, place in boxes
-                ]
-        except Misfit:
-            return self._defer(lambda t: t.reshape(new), new, self.dtype, lambda t: t.reshape(self.shape), "reshape")
-        return Weight(self.name, new, self.dtype, tuple(pieces), self.trail)
-
-    view = reshape
+    view = StridedTensor.reshape
 
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Weight:
         """Return the tensor with dimensions [start_dim, end_dim] made one."""
@@ -291,7 +90,7 @@ class Weight:
     def unflatten(self, dim: int, sizes: Sequence[int]) -> Weight:
         """Return the tensor with one dimension made several."""
         dim = self._dimension(dim)
-        sizes = _infer_one(self.shape[dim], sizes, repr(self))
+        sizes = infer_size(self.shape[dim], sizes, repr(self))
         return self.reshape(*self.shape[:dim], *sizes, *self.shape[dim + 1 :])
 
     def squeeze(self, dim: int | None = None) -> Weight:
@@ -313,174 +112,102 @@ class Weight:
         return self
 
     detach = cpu = clone
+    swapaxes = swapdims = StridedTensor.transpose
 
-    # ------------------------------------------------------------ putting together
+    # ------------------------------------------------------------ operators
 
-    def part(self, dim: int, start: int, total: int) -> Weight:
-        """Return this tensor as rows [start, start + shape[dim]) of a target that is `total` long in `dim`.
+    def __add__(self, value: Any) -> Weight:
+        return self.plus(value) if _is_number(value) else self._call("add", value)
 
-        Parts of one name, from any number of stored tensors, are joined after the stage; together they must fill it.
-        """
-        dim = self._dimension(dim)
-        if not 0 <= start <= start + self.shape[dim] <= total:
-            raise WeightError(f"{self!r}: part {start} to {start + self.shape[dim]} of dimension {dim} of {total}")
-        shape = (*self.shape[:dim], total, *self.shape[dim + 1 :])
-        pieces = []
-        for piece in self.pieces:
-            box = piece.box(self.shape)
-            moved = (*box[:dim], (box[dim][0] + start, box[dim][1]), *box[dim + 1 :])
-            pieces.append(Piece(piece.source, piece.offset, piece.axes, piece.operations, _whole_or(moved, shape)))
-        return Weight(self.name, shape, self.dtype, tuple(pieces), self.trail)
+    def __sub__(self, value: Any) -> Weight:
+        return self.plus(-value) if _is_number(value) else self._call("sub", value)
 
-    # ------------------------------------------------------------ values
+    def __mul__(self, value: Any) -> Weight:
+        return self.times(value) if _is_number(value) else self._call("mul", value)
 
-    def to(self, dtype: str | torch.dtype) -> Weight:
-        """Return the tensor converted to `dtype`; lossy if it narrows."""
-        try:
-            name = dtype_name(dtype)
-        except ValueError as err:
-            raise WeightError(f"{self!r}: {err}") from err
-        return self if name == self.dtype else self._pointwise(("to", name), name)
+    def __radd__(self, value: Any) -> Weight:
+        return self.__add__(value)
 
-    def __add__(self, value: float) -> Weight:
-        """Return the tensor plus a number, rounded in its own dtype; lossy."""
-        return self._pointwise(("add", _number(self, value)), self.dtype)
+    def __rmul__(self, value: Any) -> Weight:
+        return self.__mul__(value)
 
-    def __sub__(self, value: float) -> Weight:
-        """Return the tensor minus a number, rounded in its own dtype; lossy."""
-        return self + -_number(self, value)
+    def __truediv__(self, value: Any) -> Weight:
+        return self._call("div", value)
 
-    def __mul__(self, value: float) -> Weight:
-        """Return the tensor times a number, rounded in its own dtype; lossy."""
-        return self._pointwise(("mul", _number(self, value)), self.dtype)
+    def __neg__(self) -> Weight:
+        return self._call("neg")
 
-    __radd__ = __add__
-    __rmul__ = __mul__
+    def __lt__(self, value: Any) -> Weight:
+        return self._call("lt", value)
 
-    def apply(
-        self,
-        fn: Callable[[Tensor], Tensor],
-        *,
-        shape: Sequence[int] | None = None,
-        dtype: str | torch.dtype | None = None,
-        inverse: Callable[[Tensor], Tensor] | None = None,
-    ) -> Weight:
-        """Return `fn` of the whole tensor, called once at load.
+    def __le__(self, value: Any) -> Weight:
+        return self._call("le", value)
 
-        `shape` and `dtype` are those of the result, where they change. Without an `inverse` it is lossy, and
-        tensor-parallel ranks each read the whole tensor.
-        """
-        new_shape = self.shape if shape is None else tuple(shape)
-        new_dtype = self.dtype if dtype is None else dtype_name(dtype)
-        return self._defer(fn, new_shape, new_dtype, inverse, getattr(fn, "__name__", "apply"))
+    def __gt__(self, value: Any) -> Weight:
+        return self._call("gt", value)
 
-    def losses(self) -> tuple[str, ...]:
-        """Return what happens to the values on the way that cannot be undone exactly, in words."""
-        found: dict[str, None] = {}
-        for piece in self.pieces:
-            dtype = piece.source.dtype
-            for kind, value in piece.operations:
-                if kind == "to":
-                    if not is_lossless(dtype, value):
-                        found[f"{dtype} to {value}"] = None
-                    dtype = value
-                else:
-                    found[f"{kind} {value}"] = None
-            if piece.source.deferred is not None:
-                found |= dict.fromkeys(loss for w in piece.source.deferred.inputs for loss in w.losses())
-                if piece.source.deferred.inverse is None:
-                    found[f"{piece.source.deferred.label} without an inverse"] = None
-        return tuple(found)
+    def __ge__(self, value: Any) -> Weight:
+        return self._call("ge", value)
 
-    def stored_names(self) -> tuple[str, ...]:
-        """Return the stored tensors this one is made of, each once, in order."""
-        found: dict[str, None] = {}
-        for piece in self.pieces:
-            if piece.source.deferred is None:
-                found[piece.source.name] = None
-            else:
-                found |= dict.fromkeys(name for w in piece.source.deferred.inputs for name in w.stored_names())
-        return tuple(found)
+    def __matmul__(self, value: Any) -> Weight:
+        return self._call("matmul", value)
 
-    # ------------------------------------------------------------ helpers
+    # ------------------------------------------------------------ torch's functions
 
-    def _pointwise(self, operation: Operation, dtype: str) -> Weight:
-        pieces = tuple(Piece(p.source, p.offset, p.axes, (*p.operations, operation), p.place) for p in self.pieces)
-        return Weight(self.name, self.shape, dtype, pieces, self.trail)
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from infinilm_hookspecs.torch_functions import call
 
-    def _defer(
-        self,
-        function: Callable[..., Tensor],
-        shape: tuple[int, ...],
-        dtype: str,
-        inverse: Callable[[Tensor], Tensor] | None,
-        label: str,
-    ) -> Weight:
-        filled = sum(prod(extent for _, extent in piece.box(self.shape)) for piece in self.pieces)
-        if filled != self.numel():
-            names = ", ".join(repr(name) for name in self.stored_names())
-            raise WeightError(f"{self!r}: {label} needs the whole tensor, and {names} fill only part of it")
-        source = Source(self.name, shape, dtype, Deferred((self,), function, inverse, label))
-        return Weight(self.name, shape, dtype, (Piece(source),), self.trail)
+        return call(function, args, kwargs or {})
 
-    def _dimension(self, dim: int) -> int:
-        if not -self.ndim <= dim < self.ndim:
-            raise WeightError(f"{self!r}: dimension {dim} of {self.ndim}")
-        return dim % self.ndim
+    def __getattr__(self, name: str) -> Any:
+        """Return one of torch's other methods of tensors, as a deferred step."""
+        if name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        from infinilm_hookspecs.torch_functions import method_of
 
-    def _row(self, dim: int, row: int) -> int:
-        size = self.shape[dim]
-        if not -size <= row < size:
-            raise WeightError(f"{self!r}: row {row} of dimension {dim}, which has {size}")
-        return row % size
+        return method_of(self, name)
 
-    def _infer(self, shape: Sequence[int]) -> tuple[int, ...]:
-        return _infer_one(self.numel(), shape, repr(self))
+    def __iter__(self) -> Iterator[Weight]:
+        return iter(self.unbind(0))
+
+    def __setitem__(self, index: object, value: object) -> None:
+        raise WeightError(f"{self!r} never changes; make a new weight with slices and torch.cat")
+
+    def __bool__(self) -> bool:
+        raise self._needs_values("bool()")
+
+    def __float__(self) -> float:
+        raise self._needs_values("float()")
+
+    def __int__(self) -> int:
+        raise self._needs_values("int()")
+
+    def _needs_values(self, what: str) -> WeightError:
+        from infinilm_hookspecs.torch_functions import needs_values
+
+        return needs_values(self, what)
+
+    def _call(self, name: str, *arguments: Any) -> Weight:
+        import torch
+
+        found: Weight = self.__torch_function__(getattr(torch, name), (), (self, *arguments))
+        return found
 
 
-def join(weights: Iterable[Weight]) -> Weight:
-    """Return one weight with the pieces of several of the same name and shape.
+class SymbolicTensor(Weight):
+    """A weight whose dtype is torch's, for remappers that are written for tensors."""
 
-    Raises `WeightError` naming the stored tensors where shapes differ. Holes and overlaps are the plan's to find.
-    """
-    weights = list(weights)
-    first = weights[0]
-    for other in weights[1:]:
-        if other.shape != first.shape:
-            raise WeightError(
-                f"{first.name!r} is {list(first.shape)} from {', '.join(first.stored_names())} "
-                f"and {list(other.shape)} from {', '.join(other.stored_names())}"
-            )
-    dtypes = {weight.dtype for weight in weights}
-    widest = next((d for d in dtypes if all(is_lossless(o, d) for o in dtypes)), "float32")
-    pieces = tuple(piece for weight in weights for piece in weight.to(widest).pieces)
-    trail = tuple(dict.fromkeys(plugin for weight in weights for plugin in weight.trail))
-    return Weight(first.name, first.shape, widest, pieces, trail)
+    __slots__ = ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype as a `torch.dtype`."""
+        import torch
+
+        found: torch.dtype = getattr(torch, self.dtype_name)
+        return found
 
 
-def _whole_or(place: tuple[Span, ...], shape: tuple[int, ...]) -> tuple[Span, ...] | None:
-    whole = all(start == 0 and extent == size for (start, extent), size in zip(place, shape, strict=True))
-    return None if whole else place
-
-
-def _flatten(sizes: Sequence[int | Sequence[int]]) -> list[int]:
-    flat: list[int] = []
-    for size in sizes:
-        flat += [size] if isinstance(size, int) else size
-    return flat
-
-
-def _infer_one(volume: int, shape: Sequence[int], of: str) -> tuple[int, ...]:
-    known = prod(size for size in shape if size != -1)
-    if list(shape).count(-1) > 1 or (-1 in shape and (known == 0 or volume % known)):
-        raise WeightError(f"{of}: cannot reshape to {list(shape)}")
-    found = tuple(volume // known if size == -1 else size for size in shape)
-    if prod(found) != volume:
-        raise WeightError(f"{of}: cannot reshape to {list(shape)}")
-    return found
-
-
-def _number(weight: Weight, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise WeightError(f"{weight!r}: {value!r} is not a number; use apply() for what is not pointwise by a number")
-    return value
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -7,7 +7,7 @@ from typing import Any
 
 from infinilm import LLM, SamplingParams
 from infinilm.plugins import PluginManager
-from infinilm.plugins.loading import import_file
+from infinilm.plugins.discovery import import_file
 
 MINIMAL = Path(__file__).parent.parent / "example_plugins" / "minimal"
 

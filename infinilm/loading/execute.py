@@ -59,7 +59,7 @@ def _can_read_in_place(weight: Weight, destination: Tensor) -> bool:
         and piece.source.deferred is None
         and destination.device.type == "cpu"
         and destination.is_contiguous()
-        and destination.dtype == torch_dtype(weight.dtype)
+        and destination.dtype == torch_dtype(weight.dtype_name)
     )
 
 

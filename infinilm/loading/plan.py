@@ -13,19 +13,11 @@ from math import prod
 
 from infinilm.loading.coverage import Run, Usage, find_hole_or_overlap
 from infinilm.loading.messages import group_messages
-from infinilm_hookspecs import DROP, Mapped, ParameterSpec, PlanError, Weight, WeightError, WeightRule
+from infinilm.loading.stages import Stage, Walk
+from infinilm_hookspecs import ParameterSpec, PlanError, Weight
 from infinilm_hookspecs.dtypes import ITEM_SIZES, is_lossless
-from infinilm_hookspecs.rules import Drop, compile_rule
+from infinilm_hookspecs.strided import Piece, Source, StridedTensor
 from infinilm_hookspecs.types import StoredTensor
-from infinilm_hookspecs.weight import Piece, Source, join
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """The rule of one stage of the lineage, and the plugin that gave it."""
-
-    rule: WeightRule
-    plugin: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +32,8 @@ class PlannedParameter:
     def losses(self) -> tuple[str, ...]:
         """Return what is lost on the way from the stored values, in words."""
         losses = self.weight.losses()
-        if not is_lossless(self.weight.dtype, self.spec.dtype):
-            losses = (*losses, f"{self.weight.dtype} to {self.spec.dtype}")
+        if not is_lossless(self.weight.dtype_name, self.spec.dtype):
+            losses = (*losses, f"{self.weight.dtype_name} to {self.spec.dtype}")
         return losses
 
 
@@ -77,75 +69,13 @@ def plan_load(
     Never raises for a misfit between them: what is wrong is in `LoadPlan.errors`. An exception inside a rule that is
     not a `WeightError` propagates with a note naming the plugin and the weight.
     """
-    errors: list[str] = []
-    dropped: dict[str, tuple[str, Weight]] = {}
-    weights = {name: Weight.stored(name, stored.shape, stored.dtype) for name, stored in tensors.items()}
-    partly: set[str] = set()
+    walk = Walk({name: Weight.stored(name, stored.shape, stored.dtype) for name, stored in tensors.items()})
     for stage in stages:
-        weights = _run_stage(weights, stage, dropped, partly, errors)
-    planned = _match(weights, parameters, errors)
-    kept = [*weights.values(), *(weight for _, weight in dropped.values())]
-    errors += _find_unused(kept, partly, _tied_names(parameters))
-    return LoadPlan(tuple(planned), {name: plugin for name, (plugin, _) in dropped.items()}, tuple(errors))
-
-
-def _run_stage(
-    weights: Mapping[str, Weight],
-    stage: Stage,
-    dropped: dict[str, tuple[str, Weight]],
-    partly: set[str],
-    errors: list[str],
-) -> dict[str, Weight]:
-    """Map all weights at once and join the parts of one name."""
-    rule = compile_rule(stage.rule)
-    made: dict[str, list[Weight]] = {}
-    for weight in weights.values():
-        try:
-            mapped = _as_weights(rule(weight), weight)
-        except WeightError as err:
-            errors.append(f"{weight.name} [plugin {stage.plugin}]: {err}")
-            continue
-        except Exception as err:
-            err.add_note(f"in the weight rule of plugin {stage.plugin!r}, for {weight!r}")
-            raise
-        if mapped is None:
-            dropped[weight.name] = stage.plugin, weight
-            continue
-        for one in mapped:
-            if isinstance(one, Drop):
-                partly.update(weight.stored_names())
-                continue
-            if one is not weight:
-                one.trail = (*weight.trail, stage.plugin)
-            made.setdefault(one.name, []).append(one)
-    return {name: _join_parts(name, parts, errors) for name, parts in made.items()}
-
-
-def _as_weights(mapped: Mapped, weight: Weight) -> Sequence[Weight | Drop] | None:
-    """Return what a rule answered as a sequence; `None` for a weight that is dropped whole."""
-    if mapped is None:
-        return [weight]
-    if isinstance(mapped, Weight):
-        return [mapped]
-    if mapped is DROP:
-        return None
-    if isinstance(mapped, Sequence) and mapped and all(isinstance(one, Weight | Drop) for one in mapped):
-        return mapped
-    raise WeightError(f"the rule returned {mapped!r}; return weights, DROP, or None for unchanged")
-
-
-def _join_parts(name: str, parts: list[Weight], errors: list[str]) -> Weight:
-    if len(parts) == 1:
-        return parts[0]
-    try:
-        whole = join(parts)
-    except WeightError as err:
-        errors.append(str(err))
-        return parts[0]
-    problem = find_hole_or_overlap([piece.box(whole.shape) for piece in whole.pieces], whole.shape)
-    if problem is not None:
-        errors.append(f"{name} {problem}, from {_origin(whole)}")
-    return whole
+        walk.run(stage)
+    planned = _match(walk.weights, parameters, walk.errors)
+    kept = [*walk.weights.values(), *(weight for _, weight in walk.dropped.values())]
+    errors = (*walk.errors, *_find_unused(kept, walk.partly, _tied_names(parameters)))
+    return LoadPlan(tuple(planned), {name: plugin for name, (plugin, _) in walk.dropped.items()}, errors)
 
 
 def _match(
@@ -167,7 +97,7 @@ def _match(
     missing = [name for name, spec in parameters.items() if spec.tied_to is None and name not in found]
     errors += _describe_missing(missing, [weight.name for weight in unexpected])
     errors += [
-        f"{weight.name} {list(weight.shape)} is not a parameter of this model, from {_origin(weight)}"
+        f"{weight.name} {list(weight.shape)} is not a parameter of this model, from {weight.origin()}"
         for weight in unexpected
     ]
     return planned
@@ -184,10 +114,10 @@ def _tied_names(parameters: Mapping[str, ParameterSpec]) -> set[str]:
 
 def _check_shape(name: str, spec: ParameterSpec, weight: Weight) -> list[str]:
     if weight.shape != spec.shape:
-        return [f"{name} is {list(weight.shape)} from {_origin(weight)}, and the model needs {list(spec.shape)}"]
+        return [f"{name} is {list(weight.shape)} from {weight.origin()}, and the model needs {list(spec.shape)}"]
     if len(weight.pieces) == 1 and weight.pieces[0].place is not None:
         problem = find_hole_or_overlap([weight.pieces[0].place], spec.shape)
-        return [f"{name} {problem}, from {_origin(weight)}"]
+        return [f"{name} {problem}, from {weight.origin()}"]
     return []
 
 
@@ -209,7 +139,7 @@ def _find_unused(weights: Iterable[Weight], partly: set[str], tied: set[str]) ->
         key = id(piece.source)
         sources[key] = piece.source
         runs.setdefault(key, []).append((piece.offset, tuple(a for axis in piece.layout() for a in axis)))
-        names.setdefault(key, {})[weight.name] = _origin(weight)
+        names.setdefault(key, {})[weight.name] = weight.origin()
     usage = Usage()
     messages = []
     for key, source in sources.items():
@@ -227,7 +157,7 @@ def _find_unused(weights: Iterable[Weight], partly: set[str], tied: set[str]) ->
     return messages
 
 
-def _leaf_pieces(weights: Iterable[Weight]) -> Iterable[tuple[Weight, Piece]]:
+def _leaf_pieces(weights: Iterable[StridedTensor]) -> Iterable[tuple[StridedTensor, Piece]]:
     """Yield every piece of `weights` that comes from a stored tensor, those behind a deferred step once each."""
     seen: set[int] = set()
     for weight in weights:
@@ -247,10 +177,3 @@ def _is_whole(run: Run, source: Source) -> bool:
 
 def _volume(source: Source) -> int:
     return prod(source.shape)
-
-
-def _origin(weight: Weight) -> str:
-    """Return which stored tensors, through which plugins, `weight` comes from."""
-    names = weight.stored_names()
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return f"{shown} [plugin {', '.join(weight.trail)}]" if weight.trail else shown

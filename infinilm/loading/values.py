@@ -13,19 +13,19 @@ from torch import Tensor
 
 from infinilm_hookspecs import WeightError
 from infinilm_hookspecs.layout import Atom, bounds
-from infinilm_hookspecs.weight import Deferred, Operation, Piece, Source, Weight
+from infinilm_hookspecs.strided import Deferred, Operation, Piece, Source, StridedTensor
 
 Reader = Callable[[str, tuple[slice, ...]], Tensor]
 
 
-def evaluate(weight: Weight, read: Reader) -> Tensor:
+def evaluate(weight: StridedTensor, read: Reader) -> Tensor:
     """Return the whole tensor `weight` stands for, on the CPU."""
-    result = torch.empty(weight.shape, dtype=torch_dtype(weight.dtype))
+    result = torch.empty(weight.shape, dtype=torch_dtype(weight.dtype_name))
     fill(weight, result, read)
     return result
 
 
-def fill(weight: Weight, destination: Tensor, read: Reader) -> None:
+def fill(weight: StridedTensor, destination: Tensor, read: Reader) -> None:
     """Write `weight` into `destination`, which has its shape; the last conversion is to the destination's dtype."""
     for piece in weight.pieces:
         box = piece.box(weight.shape)
@@ -60,7 +60,7 @@ def run_deferred(source: Source, deferred: Deferred, read: Reader) -> Tensor:
     return result
 
 
-def restore(weight: Weight, value: Tensor, stored: Callable[[Source], Tensor]) -> None:
+def restore(weight: StridedTensor, value: Tensor, stored: Callable[[Source], Tensor]) -> None:
     """Run `weight` backwards: write `value`, which has its shape, back into the stored tensors it came from.
 
     Layouts are undone exactly, pointwise operations as floating point allows. Raises `WeightError` for a deferred step
@@ -82,7 +82,7 @@ def restore(weight: Weight, value: Tensor, stored: Callable[[Source], Tensor]) -
         restore(piece.source.deferred.inputs[0], inverse(whole), stored)
 
 
-def _check_invertible(deferred: Deferred, piece: Piece, weight: Weight) -> None:
+def _check_invertible(deferred: Deferred, piece: Piece, weight: StridedTensor) -> None:
     if deferred.inverse is None or len(deferred.inputs) != 1:
         raise WeightError(f"{deferred.label} has no inverse: {weight!r} cannot be written back")
     if prod(extent for _, extent in piece.box(weight.shape)) != prod(piece.source.shape):

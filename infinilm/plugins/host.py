@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import pluggy
 
+from infinilm.plugins.fingerprint import Entry, Fingerprint, digest_files
 from infinilm.plugins.report import Origin, PluginRecord, Status
 from infinilm_hookspecs import PluginError, hookspecs
 from infinilm_hookspecs.markers import PROJECT_NAME
@@ -53,6 +54,9 @@ class PluginManager(pluggy.PluginManager):
         """
         name = name or (record.name if record else None) or _name_of(plugin)
         _check_hooks(plugin, name, sorted(_hook_names()))
+        record = record or PluginRecord(name, Status.ACTIVE, Origin.REGISTERED, reference=_reference_of(plugin))
+        model_types = tuple(model_type.lower() for model_type in getattr(plugin, "model_types", ()))
+        self._check_model_types(plugin, record, model_types)
         try:
             super().register(plugin, name)
         except (pluggy.PluginValidationError, ValueError) as err:
@@ -60,11 +64,39 @@ class PluginManager(pluggy.PluginManager):
                 self.unregister(plugin)
             raise PluginError(f"plugin {name!r} is refused: {err}") from err
         hooks = tuple(sorted(caller.name for caller in self.get_hookcallers(plugin) or ()))
-        model_types = tuple(getattr(plugin, "model_types", ()))
-        record = record or PluginRecord(name, Status.ACTIVE, Origin.REGISTERED)
         self.note(replace(record, name=name, status=Status.ACTIVE, hooks=hooks, model_types=model_types))
         self._attribute(plugin, name)
         return name
+
+    def _check_model_types(self, plugin: object, record: PluginRecord, model_types: tuple[str, ...]) -> None:
+        """Refuse a second claim of a model type, unless the user made it or the plugin says that it overrides."""
+        overridden = getattr(plugin, "overrides", ())
+        for other in self.records:
+            taken = [t for t in model_types if t in other.model_types and other.status is Status.ACTIVE]
+            outranked = record.origin.is_users_word and not other.origin.is_users_word
+            if taken and other.name not in overridden and not outranked:
+                raise PluginError(
+                    f"plugin {record.describe()} is refused: model_type {taken[0]!r} belongs to plugin "
+                    f"{other.describe()}; settle it with -p no:{other.name} or -p no:{record.name}"
+                )
+
+    def forget(self, name: str) -> None:
+        """Unregister a plugin and remove its record."""
+        self.unregister(name=name)
+        del self._records[name]
+
+    def fingerprint(self) -> Fingerprint:
+        """Return what is active here, in order, with the digests of its files."""
+        return Fingerprint(tuple(self._entry(r) for r in self.records if r.status is Status.ACTIVE))
+
+    def _entry(self, record: PluginRecord) -> Entry:
+        files = digest_files(self.get_plugin(record.name))
+        origin = str(record.origin)
+        return Entry(record.name, origin, record.distribution, record.version, record.reference, files)
+
+    def explain_difference(self, other: Fingerprint) -> list[str]:
+        """Return what differs between the plugins here and those of another manager, line by line."""
+        return other.explain_difference(self.fingerprint())
 
     def note(self, record: PluginRecord) -> None:
         """Remember `record`, also of a plugin that is blocked or failed to load."""
@@ -216,18 +248,35 @@ def _hook_names() -> set[str]:
     return {name for name, spec in vars(hookspecs).items() if hasattr(spec, f"{PROJECT_NAME}_spec")}
 
 
+def _reference_of(plugin: object) -> str | None:
+    return plugin.__name__ if isinstance(plugin, ModuleType) else None
+
+
 def _name_of(plugin: object) -> str:
     if isinstance(plugin, ModuleType):
         return plugin.__name__
+    if isinstance(name := getattr(plugin, "plugin_name", None), str):
+        return name
     kind = type(plugin)
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def is_plugin(value: object) -> bool:
+    """Return whether `value` has a function marked as a hook."""
+    return bool(_marked(value))
+
+
+def _marked(plugin: object) -> list[str]:
+    return [a for a in dir(plugin) if hasattr(_member(plugin, a), f"{PROJECT_NAME}_impl")]
 
 
 def _check_hooks(plugin: object, name: str, known: list[str]) -> None:
     """Refuse what pluggy accepts in silence. Raises `PluginError`."""
     if inspect.isclass(plugin):
         raise PluginError(f"plugin {name!r} is the class {plugin.__qualname__}; register an instance of it")
-    marked = [a for a in dir(plugin) if hasattr(_member(plugin, a), f"{PROJECT_NAME}_impl")]
+    if type(plugin).__hash__ is None:
+        raise PluginError(f"plugin {name!r} is unhashable, and plugins are kept in sets; give its class a __hash__")
+    marked = _marked(plugin)
     for attribute in marked:
         options = getattr(_member(plugin, attribute), f"{PROJECT_NAME}_impl")
         hook = options.get("specname") or attribute

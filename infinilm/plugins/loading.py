@@ -1,156 +1,181 @@
-"""Where plugins come from, and in which order: in-tree, entry points by name, then what the user named.
+"""Loading plugins in order: in-tree, entry points by name, `INFINILM_PLUGINS`, what the user named, then objects.
 
 What is registered last is asked first, so the last, most explicit word wins. What the user named and cannot load is an
-error at once; what was discovered and fails is isolated, reported once, and listed.
+error at once; what was discovered and fails is isolated, reported once, and listed. A plugin that fails leaves nothing
+behind.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
+import inspect
 import logging
-import pkgutil
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-from infinilm.plugins.host import PluginManager, did_you_mean
+from infinilm.plugins import discovery, registry
+from infinilm.plugins.discovery import Candidate
+from infinilm.plugins.host import PluginManager, did_you_mean, is_plugin
+from infinilm.plugins.model_spec import ModelSpec, ModelSpecs
 from infinilm.plugins.report import Origin, PluginRecord, Status
 from infinilm_hookspecs import InfinilmError, PluginError
-from infinilm_hookspecs.markers import PROJECT_NAME
 
-_IN_TREE_PACKAGES = ("platforms", "checkpoints", "models", "backends", "processors")
+if TYPE_CHECKING:
+    from infinilm.plugins.fingerprint import Fingerprint
 
 _log = logging.getLogger("infinilm")
 
 
-def create_plugin_manager(*, plugins: Iterable[object] = (), autoload: bool = True) -> PluginManager:
+def create_plugin_manager(
+    *, plugins: Iterable[object] = (), autoload: bool = True, like: Fingerprint | None = None
+) -> PluginManager:
     """Return a fresh plugin manager.
 
     `plugins` holds plugin objects and names as `-p` takes them: an entry point, a module, `module:attribute`, a `.py`
-    file, or `no:NAME` to block one. `autoload=False` discovers no entry points; in-tree plugins are always there.
-    Raises `PluginError` when something named here cannot be loaded.
+    file, or `no:NAME` to block one. `autoload=False` discovers nothing and reads no environment; in-tree plugins are
+    always there. `like` is another manager's fingerprint: the same plugins are loaded again in the same order, and
+    nothing else. Raises `PluginError` when something named here cannot be loaded, or is not the same.
     """
-    pm = PluginManager()
+    if like is not None:
+        return _load_again(like)
     plugins = list(plugins)
-    words = _last_words(plugins)
-    in_tree = in_tree_modules()
-    discovered = {point.name: point for point in sorted(entry_points(group=PROJECT_NAME), key=lambda p: p.name)}
-    for name, module in in_tree.items():
+    words = {p.removeprefix("no:"): not p.startswith("no:") for p in plugins if isinstance(p, str)}
+    known = discovery.in_tree() | _without_taken_names(discovery.installed())
+    pm = PluginManager()
+    for candidate in known.values():
+        if candidate.record.origin is Origin.IN_TREE and candidate.record.name not in words:
+            _load(pm, candidate)
+    if autoload:
+        _load_discovered(pm, known, words)
+    for name in registry.remembered():
         if name not in words:
-            _load(pm, PluginRecord(name, Status.ACTIVE, Origin.IN_TREE), partial(importlib.import_module, module))
-    for name, point in discovered.items() if autoload else ():
-        if name not in words:
-            _load_discovered(pm, point)
-    known = {name: PluginRecord(name, Status.ACTIVE, Origin.IN_TREE) for name in in_tree}
-    known |= {name: _record_of(point, Origin.ENTRY_POINT) for name, point in discovered.items()}
+            _load_named(pm, name, known)
+    for spec in registry.process_specs():
+        pm.register(spec)
     for name in (name for name, wanted in words.items() if not wanted):
         if name not in known:
             raise PluginError(f"-p no:{name} blocks no plugin{did_you_mean(name, known)}")
-        pm.note(replace(known[name], status=Status.BLOCKED))
+        pm.note(replace(known[name].record, status=Status.BLOCKED))
     for plugin in plugins:
         if not isinstance(plugin, str):
-            pm.register(plugin)
+            register_found(pm, plugin, None, [])
         elif not plugin.startswith("no:") and words.pop(plugin, False):
-            _load_named(pm, plugin, in_tree, discovered)
+            _load_named(pm, plugin, known)
     return pm
 
 
-def in_tree_modules() -> dict[str, str]:
-    """Return the module of every in-tree plugin by name: each public module of the packages that hold them."""
-    found: dict[str, str] = {}
-    for package in _IN_TREE_PACKAGES:
-        folder = Path(__file__).parent.parent / package
-        names = sorted(module.name for module in pkgutil.iter_modules([str(folder)]))
-        found |= {name: f"infinilm.{package}.{name}" for name in names if not name.startswith("_")}
-    return found
+def _without_taken_names(installed: Mapping[str, Candidate]) -> dict[str, Candidate]:
+    """Refuse entry points that are called as an in-tree plugin is."""
+    taken = discovery.in_tree()
+    for name in taken.keys() & installed.keys():
+        record = installed[name].record
+        _log.warning("plugin %s is not loaded: an in-tree plugin has this name", record.describe())
+    return {name: candidate for name, candidate in installed.items() if name not in taken}
 
 
-def _last_words(plugins: Iterable[object]) -> dict[str, bool]:
-    """Return for every name whether it is wanted or blocked; the last word on a name wins."""
-    return {p.removeprefix("no:"): not p.startswith("no:") for p in plugins if isinstance(p, str)}
+def _load_discovered(pm: PluginManager, known: Mapping[str, Candidate], words: Mapping[str, bool]) -> None:
+    """Load entry points, and what the environment names; the environment decides which."""
+    named = discovery.named_in_environment()
+    is_off = discovery.is_switched_on("INFINILM_DISABLE_PLUGIN_AUTOLOAD")
+    installed = [c for c in known.values() if c.record.origin is Origin.ENTRY_POINT and c.record.name not in words]
+    filtered = [c for c in installed if is_off or (named is not None and c.record.name not in named)]
+    for candidate in installed:
+        if candidate in filtered:
+            pm.note(replace(candidate.record, status=Status.FILTERED))
+        elif named is not None:
+            _load_named(pm, candidate.record.name, known)
+        else:
+            _load_isolated(pm, candidate)
+    if filtered:
+        variable = "INFINILM_DISABLE_PLUGIN_AUTOLOAD" if is_off else "INFINILM_PLUGINS"
+        names = ", ".join(candidate.record.name for candidate in filtered)
+        _log.warning("%s keeps these plugins from being loaded: %s", variable, names)
+    for name in named or ():
+        if name not in known and name not in words:
+            _load_named(pm, name, known)
 
 
-def _load(pm: PluginManager, record: PluginRecord, load: Callable[[], object]) -> None:
-    """Import and register one plugin, and remember how long the import took."""
+def _load(pm: PluginManager, candidate: Candidate) -> None:
+    """Import and register one plugin, and remember how long the import took. Raises whatever the plugin raises."""
+    if candidate.refusal is not None:
+        raise PluginError(f"plugin {candidate.record.describe()} is refused: {candidate.refusal}")
     started = time.perf_counter()
-    plugin = load()
+    with registry.collecting(candidate.record.reference or candidate.record.name) as specs:
+        found = candidate.load()
+        if inspect.isroutine(found):
+            found()
     elapsed = (time.perf_counter() - started) * 1e3
-    pm.register(plugin, record=replace(record, import_ms=elapsed))
+    if isinstance(found, ModuleType) and not specs:
+        specs = registry.registered_by(found.__name__)  # it was imported before, by somebody else
+    register_found(pm, found, replace(candidate.record, import_ms=elapsed), specs)
 
 
-def _load_discovered(pm: PluginManager, point: EntryPoint) -> None:
-    record = _record_of(point, Origin.ENTRY_POINT)
+def _load_isolated(pm: PluginManager, candidate: Candidate) -> None:
     try:
-        _load(pm, record, point.load)
+        _load(pm, candidate)
     except Exception as err:  # anything at all may go wrong in somebody's import, and must not take the host down
         reason = str(err) if isinstance(err, InfinilmError) else f"{type(err).__name__}: {err}"
-        pm.note(replace(record, status=Status.FAILED, error=reason))
-        _log.warning("plugin %s failed to load: %s", record.describe(), reason)
+        pm.note(replace(candidate.record, status=Status.FAILED, error=reason))
+        _log.warning("plugin %s failed to load: %s", candidate.record.describe(), reason)
 
 
-def _load_named(pm: PluginManager, name: str, in_tree: Mapping[str, str], discovered: Mapping[str, EntryPoint]) -> None:
+def _load_named(pm: PluginManager, name: str, known: Mapping[str, Candidate]) -> None:
     """Load what the user named. Raises `PluginError`, the cause chained."""
-    record = PluginRecord(name, Status.ACTIVE, Origin.NAMED)
-    load: Callable[[], object] = partial(_import_attribute, name, {*in_tree, *discovered})
-    if name in discovered:
-        record, load = _record_of(discovered[name], Origin.NAMED), discovered[name].load
-    elif name in in_tree:
-        load = partial(importlib.import_module, in_tree[name])
-    elif name.endswith(".py"):
-        record, load = replace(record, name=Path(name).name), partial(import_file, Path(name))
+    candidate = discovery.by_name(name, known)
     try:
-        _load(pm, record, load)
+        _load(pm, candidate)
     except InfinilmError:
         raise
     except Exception as err:
         raise PluginError(f"plugin {name!r} cannot be loaded: {type(err).__name__}: {err}") from err
 
 
-def _record_of(point: EntryPoint, origin: Origin) -> PluginRecord:
-    dist = point.dist
-    return PluginRecord(point.name, Status.ACTIVE, origin, dist.name if dist else None, dist.version if dist else None)
+def _load_again(fingerprint: Fingerprint) -> PluginManager:
+    """Load what another manager had, in its order. Raises `PluginError` saying what differs."""
+    known = discovery.in_tree() | discovery.installed()
+    pm = PluginManager()
+    for entry in fingerprint.entries:
+        if entry.reference is None:
+            raise PluginError(
+                f"plugin {entry.name!r} is an object of the process that registered it and cannot be loaded again; "
+                "give it as an entry point, a module or a .py file"
+            )
+        candidate = discovery.by_name(entry.reference, known)
+        candidate = replace(candidate, record=replace(candidate.record, origin=Origin(entry.origin)))
+        try:
+            _load(pm, candidate)
+        except Exception as err:
+            raise PluginError(f"plugin {entry.name!r} cannot be loaded again: {type(err).__name__}: {err}") from err
+    difference = fingerprint.explain_difference(pm.fingerprint())
+    if difference:
+        raise PluginError("the plugins here are not those of the other process:\n  " + "\n  ".join(difference))
+    return pm
 
 
-def import_file(path: Path) -> object:
-    """Import a `.py` file as a module of its own. Raises `PluginError` when there is none."""
-    if not path.is_file():
-        raise PluginError(f"plugin file {str(path)!r} does not exist")
-    module_name = f"infinilm_plugin_file_{path.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # dataclasses and pickling look their module up there
+def register_found(pm: PluginManager, found: object, record: PluginRecord | None, specs: Sequence[ModelSpec]) -> None:
+    """Register what a name led to, and the specs that were registered while it was loaded.
+
+    `found` may be a module or object with hooks, a `ModelSpec` or a sequence of them, or a module or function whose
+    point is `specs`. Raises `PluginError` when there is neither a hook nor a spec, leaving nothing behind.
+    """
+    if isinstance(found, Sequence) and found and all(isinstance(item, ModelSpec) for item in found):
+        found = ModelSpecs(found)
+    if not specs:
+        if inspect.isroutine(found):
+            called = record.describe() if record else repr(found)
+            raise PluginError(f"plugin {called} is a function that registered no model; call register_model in it")
+        pm.register(found, record=record)
+        return
+    models = ModelSpecs(specs)
+    if not is_plugin(found):
+        pm.register(models, record=record)
+        return
+    name = pm.register(found, record=record)
+    assert name is not None
     try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[module_name]
+        pm.register(models, record=replace(record, name=f"{name}:models") if record else None)
+    except PluginError:
+        pm.forget(name)
         raise
-    return module
-
-
-def _import_attribute(name: str, known: set[str]) -> object:
-    """Import `module` or `module:attribute`. Raises `PluginError` saying what was looked for."""
-    module_name, _, attribute = name.partition(":")
-    if not all(part.isidentifier() for part in module_name.split(".")):
-        raise PluginError(
-            f"-p {name!r} names no plugin: an entry point, a module, module:attribute or a .py file is wanted "
-            "(the prompt of a generation is --prompt)"
-        )
-    try:
-        found: object = importlib.import_module(module_name)
-    except ModuleNotFoundError as err:
-        if err.name != module_name.partition(".")[0] and err.name != module_name:
-            raise
-        raise PluginError(
-            f"there is no plugin {name!r}: no entry point of group {PROJECT_NAME!r} has this name, and no module"
-            f"{did_you_mean(name, known)}"
-        ) from err
-    for part in attribute.split(".") if attribute else ():
-        found = getattr(found, part)
-    return found

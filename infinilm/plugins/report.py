@@ -27,11 +27,15 @@ class Status(StrEnum):
     ACTIVE = "active"
     FAILED = "failed"
     BLOCKED = "blocked"
+    FILTERED = "filtered"
 
 
 @dataclass(frozen=True, slots=True)
 class PluginRecord:
-    """One plugin. `import_ms` is in milliseconds; `error` says why a failed one failed."""
+    """One plugin. `import_ms` is in milliseconds; `error` says why a failed one failed.
+
+    `reference` is the name, module or path by which it can be loaded again; `None` for an object of this process.
+    """
 
     name: str
     status: Status
@@ -42,6 +46,7 @@ class PluginRecord:
     model_types: tuple[str, ...] = ()
     import_ms: float = 0.0
     error: str | None = None
+    reference: str | None = None
 
     def describe(self) -> str:
         """Return the plugin's name with the distribution it comes from, for messages."""
@@ -49,7 +54,7 @@ class PluginRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as plain JSON types."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "reference"}
 
 
 def render_table(records: list[PluginRecord]) -> str:
