@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Collection, Generator, Iterator
+import sys
+import time
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -43,6 +45,8 @@ class PluginManager(pluggy.PluginManager):
         self._records: dict[str, PluginRecord] = {}
         self._heard: list[list[Answer[Any]]] = []
         self._asking: list[str] = []
+        self.is_tracing = False
+        """Whether every call is printed to stderr: who was asked, who answered, and how long it took."""
 
     # ------------------------------------------------------------ registration
 
@@ -127,11 +131,14 @@ class PluginManager(pluggy.PluginManager):
         """Call a hook without the plugins in `exclude`; return its result and what each plugin said, `None` too."""
         heard: list[Answer[Any]] = []
         self._heard.append(heard)
+        started = time.perf_counter()
         try:
             caller = self.subset_hook_caller(hook, [self.get_plugin(name) for name in exclude])
             return caller(**arguments), heard
         finally:
             self._heard.pop()
+            if self.is_tracing:
+                print(_trace(hook, arguments, heard, time.perf_counter() - started), file=sys.stderr)
 
     def ask_first(self, hook: str, /, *, exclude: Collection[str] = (), **arguments: object) -> Answer[Any] | None:
         """Call a firstresult hook without the plugins in `exclude`; return the answer, or `None` if nobody had one."""
@@ -223,6 +230,20 @@ def hook_note(err: BaseException) -> HookNote | None:
     """Return the note that says which plugin's hook raised `err`, or `None` if none did."""
     notes = getattr(err, "__notes__", ())
     return next((note for note in notes if isinstance(note, HookNote)), None)
+
+
+def _trace(hook: str, arguments: Mapping[str, object], heard: Sequence[Answer[Any]], seconds: float) -> str:
+    """Return one call as a line. Wrappers answer last, whatever they answer."""
+    given = ", ".join(f"{name}={_brief(value)}" for name, value in arguments.items())
+    asked = ", ".join(dict.fromkeys(answer.plugin for answer in heard)) or "nobody"
+    answered = ", ".join(dict.fromkeys(answer.plugin for answer in heard if answer.value is not None)) or "nobody"
+    return f"infinilm: {hook}({given}): asked {asked}; answered {answered}; {seconds * 1e3:.2f} ms"
+
+
+def _brief(value: object) -> str:
+    if isinstance(value, Mapping) and "model_type" in value:
+        return f"<{value['model_type']}>"
+    return f"<{type(value).__name__}>" if not isinstance(value, str) else repr(value)
 
 
 def wrong_answer(pm: PluginManager, answer: Answer[Any], hook: str, wanted: str) -> PluginError:

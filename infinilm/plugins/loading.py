@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("infinilm")
 
+_SLOW_IMPORT_MS = 2000
+
 
 def create_plugin_manager(
     *, plugins: Iterable[object] = (), autoload: bool = True, like: Fingerprint | None = None
@@ -44,6 +46,7 @@ def create_plugin_manager(
     words = {p.removeprefix("no:"): not p.startswith("no:") for p in plugins if isinstance(p, str)}
     known = discovery.in_tree() | _without_taken_names(discovery.installed())
     pm = PluginManager()
+    pm.is_tracing = discovery.is_switched_on("INFINILM_TRACE_PLUGINS")
     for candidate in known.values():
         if candidate.record.origin is Origin.IN_TREE and candidate.record.name not in words:
             _load(pm, candidate)
@@ -107,16 +110,21 @@ def _load(pm: PluginManager, candidate: Candidate) -> None:
         if inspect.isroutine(found):
             found()
     elapsed = (time.perf_counter() - started) * 1e3
+    if elapsed > _SLOW_IMPORT_MS:
+        _log.warning("plugin %s took %.1f s to import", candidate.record.describe(), elapsed / 1e3)
     if isinstance(found, ModuleType) and not specs:
         specs = registry.registered_by(found.__name__)  # it was imported before, by somebody else
     register_found(pm, found, replace(candidate.record, import_ms=elapsed), specs)
 
 
 def _load_isolated(pm: PluginManager, candidate: Candidate) -> None:
+    reason = candidate.refusal
     try:
-        _load(pm, candidate)
+        if reason is None:
+            _load(pm, candidate)
     except Exception as err:  # anything at all may go wrong in somebody's import, and must not take the host down
         reason = str(err) if isinstance(err, InfinilmError) else f"{type(err).__name__}: {err}"
+    if reason is not None:
         pm.note(replace(candidate.record, status=Status.FAILED, error=reason))
         _log.warning("plugin %s failed to load: %s", candidate.record.describe(), reason)
 
