@@ -172,11 +172,9 @@ def make_request(
 ) -> BackendRequest:
     """Return what is asked of backends, every "auto" settled.
 
-    Raises `ConfigError` when neither the user nor a config says how long a sequence may be.
+    `max_model_len` is 0 where neither the user nor a config says how long a sequence may be.
     """
-    length = max_model_len or _config_number(lineage, "max_position_embeddings")
-    if length is None:
-        raise ConfigError("no config of the lineage has max_position_embeddings; give max_model_len")
+    length = max_model_len or _config_number(lineage, "max_position_embeddings") or 0
     return BackendRequest(
         lineage=lineage.configs,
         checkpoint=checkpoint,
@@ -212,6 +210,8 @@ def choose_backend(pm: PluginManager, request: BackendRequest, name: str = "auto
         raise wrong_answer(pm, answer, "provide_backend", "a Backend, or request.decline(reason)")
     if all(backend.config is not config for config in request.lineage):
         raise PluginError(f"the backend of plugin {answer.plugin!r} took a config that is not one of the lineage's")
+    if not request.max_model_len:
+        raise ConfigError("no config of the lineage has max_position_embeddings; give max_model_len")
     return BackendChoice(backend, answer.plugin, declined)
 
 

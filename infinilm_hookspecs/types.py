@@ -109,7 +109,7 @@ class Platform(Protocol):
 class BackendRequest:
     """What is asked of a backend. `lineage` ends with the latest config; take the last one you understand.
 
-    `dtype` is the one to compute in and `device` where; `max_model_len` is in tokens.
+    `dtype` is the one to compute in and `device` where; `max_model_len` is in tokens, 0 where no config says.
     """
 
     lineage: tuple[Config | DecoderConfig, ...]
