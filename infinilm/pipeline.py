@@ -19,7 +19,8 @@ from typing import Any
 from infinilm.loading.plan import LoadPlan, plan_load
 from infinilm.loading.stages import Stage
 from infinilm.plugins import Answer, Lineage, PluginManager
-from infinilm.plugins.host import did_you_mean, wrong_answer
+from infinilm.plugins.checks import did_you_mean
+from infinilm.plugins.host import wrong_answer
 from infinilm.plugins.lineage import model_type_of
 from infinilm_hookspecs import (
     Backend,

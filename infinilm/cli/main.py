@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from infinilm import __version__
 from infinilm.cli import generate, inspect, plugins
 from infinilm.cli.errors import ExitCode, describe, is_users
-from infinilm.plugins.host import did_you_mean
+from infinilm.plugins.checks import did_you_mean
 
 _COMMANDS = {"generate": generate, "inspect": inspect, "plugins": plugins}
 

@@ -19,7 +19,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from infinilm import __version__
-from infinilm.plugins.host import did_you_mean
+from infinilm.plugins.checks import did_you_mean
 from infinilm.plugins.report import Origin, PluginRecord, Status
 from infinilm_hookspecs import PluginError
 from infinilm_hookspecs.markers import PROJECT_NAME
@@ -47,7 +47,7 @@ def in_tree() -> dict[str, Candidate]:
         names = sorted(module.name for module in pkgutil.iter_modules([str(folder)]))
         for name in (name for name in names if not name.startswith("_")):
             module = f"{PROJECT_NAME}.{package}.{name}"
-            record = PluginRecord(name, Status.ACTIVE, Origin.IN_TREE, PROJECT_NAME, __version__, reference=module)
+            record = PluginRecord(name, Status.ACTIVE, Origin.IN_TREE, PROJECT_NAME, __version__, reference=name)
             found[name] = Candidate(record, partial(importlib.import_module, module))
     return found
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import sys
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
@@ -14,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import pluggy
 
+from infinilm.plugins.checks import check_hooks, did_you_mean
 from infinilm.plugins.fingerprint import Entry, Fingerprint, digest_files
 from infinilm.plugins.report import Origin, PluginRecord, Status
 from infinilm_hookspecs import PluginError, hookspecs
@@ -57,7 +56,7 @@ class PluginManager(pluggy.PluginManager):
         an object without a single hook, and for a hook or an argument that infinilm does not have.
         """
         name = name or (record.name if record else None) or _name_of(plugin)
-        _check_hooks(plugin, name, sorted(_hook_names()))
+        check_hooks(plugin, name)
         record = record or PluginRecord(name, Status.ACTIVE, Origin.REGISTERED, reference=_reference_of(plugin))
         model_types = tuple(model_type.lower() for model_type in getattr(plugin, "model_types", ()))
         self._check_model_types(plugin, record, model_types)
@@ -252,21 +251,11 @@ def wrong_answer(pm: PluginManager, answer: Answer[Any], hook: str, wanted: str)
     return PluginError(f"plugin {plugin} answered {hook} with {answer.value!r:.200}, and {wanted} is wanted")
 
 
-def did_you_mean(word: str, known: Collection[str]) -> str:
-    """Return ", did you mean 'x'?" for the nearest of `known`, or "" where none is near."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
-
-
 def _spread(answer: Answer[Any]) -> list[Answer[Any]]:
     """Return what a wrapper answered, a list, as claims of its own."""
     if isinstance(answer.value, list):
         return [Answer(value, answer.plugin) for value in answer.value]
     return [answer]
-
-
-def _hook_names() -> set[str]:
-    return {name for name, spec in vars(hookspecs).items() if hasattr(spec, f"{PROJECT_NAME}_spec")}
 
 
 def _reference_of(plugin: object) -> str | None:
@@ -280,37 +269,3 @@ def _name_of(plugin: object) -> str:
         return name
     kind = type(plugin)
     return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def is_plugin(value: object) -> bool:
-    """Return whether `value` has a function marked as a hook."""
-    return bool(_marked(value))
-
-
-def _marked(plugin: object) -> list[str]:
-    return [a for a in dir(plugin) if hasattr(_member(plugin, a), f"{PROJECT_NAME}_impl")]
-
-
-def _check_hooks(plugin: object, name: str, known: list[str]) -> None:
-    """Refuse what pluggy accepts in silence. Raises `PluginError`."""
-    if inspect.isclass(plugin):
-        raise PluginError(f"plugin {name!r} is the class {plugin.__qualname__}; register an instance of it")
-    if type(plugin).__hash__ is None:
-        raise PluginError(f"plugin {name!r} is unhashable, and plugins are kept in sets; give its class a __hash__")
-    marked = _marked(plugin)
-    for attribute in marked:
-        options = getattr(_member(plugin, attribute), f"{PROJECT_NAME}_impl")
-        hook = options.get("specname") or attribute
-        if hook not in known:
-            hint = did_you_mean(hook, known)
-            raise PluginError(f"plugin {name!r} implements {hook!r}, which is no hook{hint}; hooks: {', '.join(known)}")
-    if not marked:
-        plain = [hook for hook in known if callable(_member(plugin, hook))]
-        why = f"; {', '.join(plain)} lacks the @hookimpl of infinilm_hookspecs" if plain else ""
-        raise PluginError(f"plugin {name!r} has no hook{why}")
-
-
-def _member(plugin: object, attribute: str) -> object:
-    """Return an attribute without running properties."""
-    found = inspect.getattr_static(plugin, attribute, None)
-    return None if isinstance(found, property) else getattr(plugin, attribute, None)

@@ -16,8 +16,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from infinilm.plugins import discovery, registry
+from infinilm.plugins.checks import did_you_mean, is_plugin
 from infinilm.plugins.discovery import Candidate
-from infinilm.plugins.host import PluginManager, did_you_mean, is_plugin
+from infinilm.plugins.host import PluginManager
 from infinilm.plugins.model_spec import ModelSpec, ModelSpecs
 from infinilm.plugins.report import Origin, PluginRecord, Status
 from infinilm_hookspecs import InfinilmError, PluginError
@@ -145,6 +146,8 @@ def _load_again(fingerprint: Fingerprint) -> PluginManager:
     known = discovery.in_tree() | discovery.installed()
     pm = PluginManager()
     for entry in fingerprint.entries:
+        if entry.name in {record.name for record in pm.records}:
+            continue  # the specs of a module come with the module
         if entry.reference is None:
             raise PluginError(
                 f"plugin {entry.name!r} is an object of the process that registered it and cannot be loaded again; "
