@@ -60,12 +60,16 @@ class PluginManager(pluggy.PluginManager):
         record = record or PluginRecord(name, Status.ACTIVE, Origin.REGISTERED, reference=_reference_of(plugin))
         model_types = tuple(model_type.lower() for model_type in getattr(plugin, "model_types", ()))
         self._check_model_types(plugin, record, model_types)
+        if self.has_plugin(name):
+            raise PluginError(f"plugin {name!r} is refused: another plugin has this name; register it under another")
         try:
             super().register(plugin, name)
-        except (pluggy.PluginValidationError, ValueError) as err:
-            if self.get_plugin(name) is plugin and isinstance(err, pluggy.PluginValidationError):
+        except pluggy.PluginValidationError as err:
+            if self.has_plugin(name):
                 self.unregister(plugin)
             raise PluginError(f"plugin {name!r} is refused: {err}") from err
+        except ValueError as err:  # pluggy's text lists every plugin there is
+            raise PluginError(f"plugin {name!r} is refused: this object is registered already") from err
         hooks = tuple(sorted(caller.name for caller in self.get_hookcallers(plugin) or ()))
         self.note(replace(record, name=name, status=Status.ACTIVE, hooks=hooks, model_types=model_types))
         self._attribute(plugin, name)

@@ -131,8 +131,11 @@ def _load_isolated(pm: PluginManager, candidate: Candidate) -> None:
 
 
 def _load_named(pm: PluginManager, name: str, known: Mapping[str, Candidate]) -> None:
-    """Load what the user named. Raises `PluginError`, the cause chained."""
+    """Load what the user named, anew where it was loaded before. Raises `PluginError`, the cause chained."""
     candidate = discovery.by_name(name, known)
+    for record in pm.records:
+        if record.reference == candidate.record.reference and record.status is Status.ACTIVE:
+            pm.forget(record.name)
     try:
         _load(pm, candidate)
     except InfinilmError:

@@ -15,8 +15,8 @@ README = (ROOT / "README.md").read_text()
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
 
 def console_commands() -> list[tuple[str, list[str]]]:
@@ -49,6 +49,12 @@ def test_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.chdir(ROOT)
     exec(compile(blocks("python")[1], "README.md", "exec"), {})
     assert capsys.readouterr().out.splitlines() == ["ninety plus nine is ninety-nine", "one minus ten is minus nine"]
+
+
+def test_python_of_the_plugins_page_runs_from_top_to_bottom(tmp_path: Path) -> None:
+    code = "\n".join(blocks("python", (ROOT / "docs" / "plugins.md").read_text()))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_architecture_names_every_module_and_no_other() -> None:
