@@ -65,8 +65,6 @@ class PluginManager(pluggy.PluginManager):
         try:
             super().register(plugin, name)
         except pluggy.PluginValidationError as err:
-            if self.has_plugin(name):
-                self.unregister(plugin)
             raise PluginError(f"plugin {name!r} is refused: {err}") from err
         except ValueError as err:  # pluggy's text lists every plugin there is
             raise PluginError(f"plugin {name!r} is refused: this object is registered already") from err
