@@ -59,10 +59,9 @@ def main() -> None:
         pairs = [(seconds_of_inspect(folder, 4), seconds_of_inspect(folder, 40)) for _ in range(arguments.runs)]
     few, many = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratio = statistics.median(b / a for a, b in pairs)
-    print(f"{'inspect with':<14} {'median of ' + str(arguments.runs):>14}")
-    print(f"{'4 plugins':<14} {few:>12.3f} s
-{'40 plugins':<14} {many:>12.3f} s
-{'ratio of pairs':<14} {ratio:>14.3f}")
+    for what, seconds in (("4 plugins", few), ("40 plugins", many)):
+        print(f"inspect with {what:<10} {seconds:.3f} s, median of {arguments.runs}")
+    print(f"ratio, median of pairs  {ratio:.3f}")
     rows = [
         {
             "name": "time of inspect, 40 registered plugins over 4",
