@@ -154,3 +154,40 @@ def test_nothing_registered_changes_nothing(folder: Path) -> None:
     assert adapt_config(config) == config
     register_model(model_type="somebody", backend_model_type="llama")
     assert adapt_config(config) == config
+
+
+TRAPS = {
+    "a_class": (
+        "class Plugin:\n    @hookimpl\n    def adapt_config(self, config): ...",
+        "a_class_module:Plugin",
+        "is the class Plugin; register an instance of it",
+    ),
+    "unhashable": (
+        "class Plugin:\n    __hash__ = None\n    @hookimpl\n    def adapt_config(self, config): ...\nplugin = Plugin()",
+        "unhashable_module:plugin",
+        "is unhashable, and plugins are kept in sets; give its class a __hash__",
+    ),
+    "extra_argument": (
+        "@hookimpl\ndef adapt_config(config, tensors): ...",
+        "extra_argument_module",
+        "Argument(s) {'tensors'} are declared in the hookimpl but can not be found in the hookspec",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_trap_of_pluggy_is_an_error_of_the_distribution(folder: Path, name: str) -> None:
+    source, target, message = TRAPS[name]
+    modules = {f"{name}_module": f"from infinilm_hookspecs import hookimpl\n{source}\n"}
+    install(folder, f"{name}-dist", f"{name} = {target}", modules=modules)
+    record = create_plugin_manager().record(name)
+    assert record.status is Status.FAILED
+    assert message in (record.error or "")
+
+
+def test_exception_of_an_installed_plugin_names_its_distribution(folder: Path) -> None:
+    source = "from infinilm_hookspecs import hookimpl\n@hookimpl\ndef adapt_config(config): return config['width']\n"
+    install(folder, "careless-dist", "careless = careless_module", modules={"careless_module": source})
+    with pytest.raises(KeyError) as caught:
+        create_plugin_manager().ask_first("adapt_config", config={"model_type": "any"})
+    assert caught.value.__notes__ == ["in plugin 'careless' (careless-dist 1.0), hook adapt_config"]
