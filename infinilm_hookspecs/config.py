@@ -27,15 +27,17 @@ class Named:
 
 @dataclass(frozen=True, slots=True)
 class NormConfig:
-    """Normalisation over the last axis, times a learned `(offset + weight)`.
+    """Normalisation over the last axis, times a learned `(offset + weight)`, plus a learned bias where `bias` says so.
 
-    `rms` is root-mean-square norm (Zhang & Sennrich 2019, arXiv:1910.07467). Statistics are taken in float32.
+    `rms` is root-mean-square norm (Zhang & Sennrich 2019, arXiv:1910.07467), `layer` is layer norm (Ba et al. 2016,
+    arXiv:1607.06450), which takes the mean away first. Statistics are taken in float32.
     `offset` is what the model adds to the stored weight at run time (gemma: 1.0), never added at load.
     """
 
-    kind: Literal["rms"] = "rms"
+    kind: Literal["rms", "layer"] = "rms"
     eps: float = 1e-6
     offset: float = 0.0
+    bias: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,10 @@ class AttentionConfig:
     """Causal softmax attention with grouped queries (Ainslie et al. 2023, arXiv:2305.13245).
 
     `scale` multiplies the scores; `None` means `head_dim ** -0.5`. `qkv_bias` and `output_bias` add learned biases.
+    With a `sliding_window` of w a token sees itself and the w - 1 tokens before it (Jiang et al. 2023,
+    arXiv:2310.06825). `softcap` c makes scaled scores s `c * tanh(s / c)` before the softmax (Gemma Team 2024,
+    arXiv:2408.00118). `query_key_norm` normalises every head of queries and of keys before they are rotated, all with
+    the same two weights of head_dim elements (Henry et al. 2020, arXiv:2010.04245; as in Qwen3, arXiv:2505.09388).
     """
 
     kind: ClassVar[str] = "attention"
@@ -117,27 +123,57 @@ class AttentionConfig:
     scale: float | None = None
     qkv_bias: bool = False
     output_bias: bool = False
+    sliding_window: int | None = None
+    softcap: float | None = None
+    query_key_norm: NormConfig | None = None
+
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+"""`gelu_tanh` is the tanh approximation of GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
 
 
 @dataclass(frozen=True, slots=True)
 class MlpConfig:
     """Gated MLP: `down(activation(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202).
 
-    `gelu_tanh` is the tanh approximation of GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415).
+    Not `gated`, it is `down(activation(up(x)))` (Vaswani et al. 2017, arXiv:1706.03762).
     """
 
     kind: ClassVar[str] = "mlp"
     intermediate_size: int
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    activation: Activation = "silu"
     bias: bool = False
+    gated: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class MoeConfig:
+    """Sparse mixture of experts, each a gated MLP of `intermediate_size` (Shazeer et al. 2017, arXiv:1701.06538).
+
+    A router, linear and without bias, gives every token a softmax over all experts. The `experts_per_token` likeliest
+    are run, and their results added, each times its probability; with `normalize` these are first divided by their
+    sum (Jiang et al. 2024, arXiv:2401.04088).
+    """
+
+    kind: ClassVar[str] = "moe"
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    activation: Activation = "silu"
+    normalize: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class LayerNorms:
-    """Which norms stand where around the two halves of a layer; the residual is added after the `after_` norm."""
+    """Which norms stand where around the two halves of a layer; the residual is added after the `after_` norm.
+
+    Norms on both sides of a half are those of Gemma 2 (arXiv:2408.00118).
+    """
 
     before_mixer: NormConfig | None = None
     before_mlp: NormConfig | None = None
+    after_mixer: NormConfig | None = None
+    after_mlp: NormConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,22 +181,33 @@ class LayerConfig:
     """One layer: a mixer over positions, an MLP over channels, and the norms around them."""
 
     mixer: AttentionConfig | Named
-    mlp: MlpConfig | Named | None
+    mlp: MlpConfig | MoeConfig | Named | None
     norms: LayerNorms
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingConfig:
-    """Token embedding. `tied`: the output projection is the same matrix."""
+    """Token embedding. `tied`: the output projection is the same matrix.
+
+    `scale`, rounded to the dtype of the model, multiplies the embedding of a token (gemma: `hidden_size ** 0.5`;
+    Vaswani et al. 2017, arXiv:1706.03762, section 3.4), not the output projection. `num_positions`: so many learned
+    vectors, one a position from 0 on, are added to the tokens' (Radford et al. 2019); a longer sequence cannot be run.
+    """
 
     tied: bool = False
+    scale: float = 1.0
+    num_positions: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LogitsConfig:
-    """What happens to the output projection's result before sampling."""
+    """What happens to the output projection's result before sampling: times `scale`, then capped.
+
+    `softcap` c makes logits l `c * tanh(l / c)` (Gemma Team 2024, arXiv:2408.00118).
+    """
 
     scale: float = 1.0
+    softcap: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

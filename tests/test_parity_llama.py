@@ -6,17 +6,11 @@ Alone, in a ragged batch of eight, and with a cache so small that requests are p
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import oracle
 import pytest
 from transformers import LlamaConfig
-
-from infinilm import LLM
-
-Spelling = Callable[[dict[str, Any]], dict[str, Any]]
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -40,23 +34,14 @@ LLAMA3 = {
 }
 
 
-def as_written(config: dict[str, Any]) -> dict[str, Any]:
-    return config
-
-
-def defaults_left_out(config: dict[str, Any]) -> dict[str, Any]:
-    return oracle.without_defaults(config, LlamaConfig())
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    sizes: dict[str, Any] = field(default_factory=dict)
-    rope: dict[str, Any] | None = None
-    spelling: Spelling = as_written
-
-    def config(self) -> LlamaConfig:
-        return LlamaConfig(**{**SIZES, **self.sizes, "rope_parameters": self.rope and dict(self.rope)})
+def case(
+    name: str,
+    sizes: dict[str, Any] | None = None,
+    rope: dict[str, Any] | None = None,
+    spelling: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> oracle.Case:
+    config = LlamaConfig(**{**SIZES, **(sizes or {}), "rope_parameters": rope and dict(rope)})
+    return oracle.Case(name, config, spelling)
 
 
 SHORT = {"max_position_embeddings": ORIGINAL}
@@ -71,19 +56,19 @@ ROPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "yarn_no_factor": ({}, {**YARN, "factor": None}),
 }
 CASES = [
-    Case("multi_head", {"hidden_size": 40, "num_key_value_heads": None}),
-    Case("grouped_query"),
-    Case("multi_query_tied", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
-    Case("odd_sizes", {"vocab_size": 101, "intermediate_size": 37, "num_hidden_layers": 3, "head_dim": 22}),
-    Case("small_heads", {"hidden_size": 30, "num_attention_heads": 6, "head_dim": 4, "num_key_value_heads": 3}),
-    Case("attention_bias", {"attention_bias": True}, spelling=oracle.spelled_as_transformers_4),
-    Case("mlp_bias", {"mlp_bias": True, "hidden_act": "gelu"}),
-    Case("both_biases_tied", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
-    Case("gelu_tanh", {"hidden_act": "gelu_pytorch_tanh"}),
-    Case("relu", {"hidden_act": "relu", "rms_norm_eps": 0.1}),
-    *(Case(name, sizes, rope) for name, (sizes, rope) in ROPES.items()),
-    *(Case(f"{name}_4", sizes, rope, oracle.spelled_as_transformers_4) for name, (sizes, rope) in ROPES.items()),
-    Case(
+    case("multi_head", {"hidden_size": 40, "num_key_value_heads": None}),
+    case("grouped_query"),
+    case("multi_query_tied", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    case("odd_sizes", {"vocab_size": 101, "intermediate_size": 37, "num_hidden_layers": 3, "head_dim": 22}),
+    case("small_heads", {"hidden_size": 30, "num_attention_heads": 6, "head_dim": 4, "num_key_value_heads": 3}),
+    case("attention_bias", {"attention_bias": True}, spelling=oracle.spelled_as_transformers_4),
+    case("mlp_bias", {"mlp_bias": True, "hidden_act": "gelu"}),
+    case("both_biases_tied", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    case("gelu_tanh", {"hidden_act": "gelu_pytorch_tanh"}),
+    case("relu", {"hidden_act": "relu", "rms_norm_eps": 0.1}),
+    *(case(name, sizes, rope) for name, (sizes, rope) in ROPES.items()),
+    *(case(f"{name}_4", sizes, rope, oracle.spelled_as_transformers_4) for name, (sizes, rope) in ROPES.items()),
+    case(
         "default_width",
         {
             "hidden_size": 128,
@@ -94,9 +79,9 @@ CASES = [
             "max_position_embeddings": 2048,
             "rms_norm_eps": 1e-6,
         },
-        spelling=defaults_left_out,
+        spelling=oracle.without_defaults,
     ),
-    Case(
+    case(
         "default_depth",
         {
             "vocab_size": 32000,
@@ -107,47 +92,23 @@ CASES = [
             "num_key_value_heads": None,
             "max_position_embeddings": 2048,
         },
-        spelling=defaults_left_out,
+        spelling=oracle.without_defaults,
     ),
 ]
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A checkpoint, the prompts to ask it, and what transformers says to them."""
-
-    folder: Path
-    prompts: list[list[int]]
-    expected: list[oracle.Answer]
-
-    def load(self, **options: Any) -> LLM:
-        return LLM(str(self.folder), platform="cpu", dtype="float32", max_model_len=128, **options)
-
-
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
-def subject(request, tmp_path_factory) -> Subject:
-    case: Case = request.param
-    folder = tmp_path_factory.mktemp(case.name)
-    model = oracle.write_checkpoint(folder, case.config())
-    oracle.edit_config(folder, case.spelling)
-    return Subject(folder, *oracle.examine(model))
+def subject(request, tmp_path_factory) -> oracle.Subject:
+    return request.param.examine(tmp_path_factory.mktemp(request.param.name))
 
 
 def test_alone(subject):
-    llm = subject.load()
-    for prompt, expected in zip(subject.prompts, subject.expected, strict=True):
-        oracle.check_parity(llm, [prompt], [expected])
+    subject.check_alone()
 
 
 def test_in_a_ragged_batch_of_eight(subject):
-    llm = subject.load(max_num_seqs=8, max_num_batched_tokens=64)
-    assert len(subject.prompts) == 8
-    oracle.check_parity(llm, subject.prompts, subject.expected)
+    subject.check_in_a_ragged_batch_of_eight()
 
 
 def test_with_preemption(subject):
-    layers = subject.load().lineage.configs[-1].layers
-    block_bytes = sum(2 * 16 * layer.mixer.num_kv_heads * layer.mixer.head_dim * 4 for layer in layers)
-    llm = subject.load(kv_cache_memory=11 * block_bytes)
-    oracle.check_parity(llm, subject.prompts, subject.expected)
-    assert llm.engine.num_preemptions > 0
+    subject.check_with_preemption()

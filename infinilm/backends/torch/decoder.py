@@ -11,6 +11,7 @@ from functools import partial
 from typing import Final
 
 import numpy
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,12 +22,16 @@ from infinilm.backends.torch.weights import Weights
 from infinilm_hookspecs import (
     AttentionConfig,
     DecoderConfig,
+    EmbeddingConfig,
     ForwardBatch,
     LayerConfig,
+    LogitsConfig,
     MlpConfig,
+    MoeConfig,
     NormConfig,
     RopeConfig,
 )
+from infinilm_hookspecs.parameters import norm_names
 
 ACTIVATIONS: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {
     "silu": F.silu,
@@ -43,7 +48,7 @@ class Step:
     """What all layers of one step share."""
 
     cache: PagedCache
-    plan: AttentionPlan
+    plans: Mapping[int | None, AttentionPlan]  # by sliding window
     rotations: Mapping[_RotaryKey, Rotation]
 
 
@@ -51,15 +56,17 @@ class Decoder:
     """The whole model, made anew after every load of its weights."""
 
     def __init__(self, config: DecoderConfig, weights: Weights) -> None:
-        self._embedding = weights["model.embed_tokens.weight"]  # (vocab_size, hidden_size)
+        self._embedding = _Embedding(config.embedding, weights)
         self._layers = [_Layer(index, layer, weights) for index, layer in enumerate(config.layers)]
-        self._final_norm = _Norm(config.final_norm, weights["model.norm.weight"])
+        self._final_norm = _Norm(config.final_norm, "model.norm", weights)
         self._output = _Linear("lm_head", weights)
-        self._logits_scale = config.logits.scale
+        self._logits = config.logits
+        mixers = [layer.mixer for layer in config.layers if isinstance(layer.mixer, AttentionConfig)]
+        self._windows = {mixer.sliding_window for mixer in mixers}
         self._rotaries = {
             (mixer.rope, mixer.head_dim): Rotary(mixer.rope, mixer.head_dim, self._embedding.device)
-            for mixer in (layer.mixer for layer in config.layers)
-            if isinstance(mixer, AttentionConfig) and mixer.rope is not None
+            for mixer in mixers
+            if mixer.rope is not None
         }
 
     def __call__(self, batch: ForwardBatch, cache: PagedCache) -> Tensor:
@@ -67,35 +74,63 @@ class Decoder:
         device = self._embedding.device
         positions = index_tensor(batch.positions, device)
         lengths = index_tensor(_rotary_lengths(batch), device)
+        hidden = self._embedding(index_tensor(batch.token_ids, device), positions)
         step = Step(
             cache=cache,
-            plan=plan_attention(batch, cache.zero_slot, device),
+            plans={window: plan_attention(batch, window, cache.zero_slot, device) for window in self._windows},
             rotations={
-                key: rotary.rotation(positions, lengths, self._embedding.dtype)
-                for key, rotary in self._rotaries.items()
+                key: rotary.rotation(positions, lengths, hidden.dtype) for key, rotary in self._rotaries.items()
             },
         )
-        hidden = F.embedding(index_tensor(batch.token_ids, device), self._embedding)
         for layer in self._layers:
             hidden = layer(hidden, step)
         wanted = hidden.index_select(0, index_tensor(batch.logits_indices, device))
-        logits = self._output(self._final_norm(wanted)).float()
-        return logits if self._logits_scale == 1 else logits * self._logits_scale
+        return _adjusted(self._logits, self._output(self._final_norm(wanted)).float())
+
+
+def _adjusted(config: LogitsConfig, logits: Tensor) -> Tensor:
+    if config.scale != 1:
+        logits = logits * config.scale
+    return logits if config.softcap is None else (logits / config.softcap).tanh_().mul_(config.softcap)
+
+
+class _Embedding:
+    """Tokens to activations, and what a model adds to tell positions apart."""
+
+    def __init__(self, config: EmbeddingConfig, weights: Weights) -> None:
+        self._tokens = weights["model.embed_tokens.weight"]  # (vocab_size, hidden_size)
+        self._positions = weights.get("model.embed_positions.weight")  # (num_positions, hidden_size)
+        self._scale = None if config.scale == 1 else self._tokens.new_tensor(config.scale)
+        self.device = self._tokens.device
+
+    def __call__(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        hidden = F.embedding(token_ids, self._tokens)
+        if self._scale is not None:
+            hidden = hidden * self._scale
+        return hidden if self._positions is None else hidden + F.embedding(positions, self._positions)
 
 
 class _Layer:
     def __init__(self, index: int, config: LayerConfig, weights: Weights) -> None:
         name = f"model.layers.{index}"
-        self._before_mixer = _norm(config.norms.before_mixer, f"{name}.input_layernorm", weights)
+        norms, names = config.norms, norm_names(config.norms)
+        self._before_mixer = _norm(norms.before_mixer, f"{name}.{names['before_mixer']}", weights)
+        self._after_mixer = _norm(norms.after_mixer, f"{name}.{names['after_mixer']}", weights)
+        self._before_mlp = _norm(norms.before_mlp, f"{name}.{names['before_mlp']}", weights)
+        self._after_mlp = _norm(norms.after_mlp, f"{name}.{names['after_mlp']}", weights)
         assert isinstance(config.mixer, AttentionConfig)  # anything else was declined
         self._mixer = _Attention(index, config.mixer, f"{name}.self_attn", weights)
-        self._before_mlp = _norm(config.norms.before_mlp, f"{name}.post_attention_layernorm", weights)
-        assert config.mlp is None or isinstance(config.mlp, MlpConfig)
-        self._mlp = None if config.mlp is None else _Mlp(config.mlp, f"{name}.mlp", weights)
+        self._mlp: _Mlp | _Moe | None = None
+        if isinstance(config.mlp, MoeConfig):
+            self._mlp = _Moe(config.mlp, f"{name}.mlp", weights)
+        elif isinstance(config.mlp, MlpConfig):
+            self._mlp = _Mlp(config.mlp, f"{name}.mlp", weights)
 
     def __call__(self, hidden: Tensor, step: Step) -> Tensor:
-        hidden = hidden + self._mixer(self._before_mixer(hidden), step)
-        return hidden if self._mlp is None else hidden + self._mlp(self._before_mlp(hidden))
+        hidden = hidden + self._after_mixer(self._mixer(self._before_mixer(hidden), step))
+        if self._mlp is None:
+            return hidden
+        return hidden + self._after_mlp(self._mlp(self._before_mlp(hidden)))
 
 
 class _Attention:
@@ -103,6 +138,8 @@ class _Attention:
         self._index = index
         self._config = config
         self._qkv = _Linear(f"{name}.qkv_proj", weights)
+        self._query_norm = _norm(config.query_key_norm, f"{name}.q_norm", weights)
+        self._key_norm = _norm(config.query_key_norm, f"{name}.k_norm", weights)
         self._output = _Linear(f"{name}.o_proj", weights)
 
     def __call__(self, hidden: Tensor, step: Step) -> Tensor:
@@ -111,22 +148,63 @@ class _Attention:
         heads = self._qkv(hidden).view(len(hidden), -1, config.head_dim)
         num_rotated = config.num_heads + config.num_kv_heads
         rotated, value = heads[:, :num_rotated], heads[:, num_rotated:]
+        if config.query_key_norm is not None:
+            query, key = rotated[:, : config.num_heads], rotated[:, config.num_heads :]
+            rotated = torch.cat((self._query_norm(query), self._key_norm(key)), dim=1)
         if config.rope is not None:
             rotated = rotate(rotated, step.rotations[config.rope, config.head_dim])
         query, key = rotated[:, : config.num_heads], rotated[:, config.num_heads :]
-        attended = attend(config, step.plan, step.cache, self._index, query, key, value)
+        attended = attend(config, step.plans[config.sliding_window], step.cache, self._index, query, key, value)
         return self._output(attended.flatten(1))
 
 
 class _Mlp:
     def __init__(self, config: MlpConfig, name: str, weights: Weights) -> None:
         self._activation = ACTIVATIONS[config.activation]
-        self._gate_up = _Linear(f"{name}.gate_up_proj", weights)
+        self._is_gated = config.gated
+        self._gate_up = _Linear(f"{name}.gate_up_proj", weights)  # up alone where there is no gate
         self._down = _Linear(f"{name}.down_proj", weights)
 
     def __call__(self, hidden: Tensor) -> Tensor:
+        if not self._is_gated:
+            return self._down(self._activation(self._gate_up(hidden)))
         gate, up = self._gate_up(hidden).chunk(2, dim=-1)  # (num_tokens, intermediate_size) each
         return self._down(self._activation(gate) * up)
+
+
+class _Moe:
+    """Experts, each run once for all tokens that chose it."""
+
+    def __init__(self, config: MoeConfig, name: str, weights: Weights) -> None:
+        self._config = config
+        self._activation = ACTIVATIONS[config.activation]
+        self._router = _Linear(f"{name}.gate", weights)
+        self._gate_up = weights[f"{name}.experts.gate_up_proj.weight"]  # (num_experts, 2 * intermediate_size, hidden)
+        self._down = weights[f"{name}.experts.down_proj.weight"]  # (num_experts, hidden_size, intermediate_size)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        shares, experts = self._route(hidden)
+        choices = experts.flatten()  # all of the first token, then of the second, ...
+        order = choices.argsort(stable=True)  # by expert
+        counts = choices.bincount(minlength=self._config.num_experts).tolist()
+        tokens = hidden.index_select(0, order // self._config.experts_per_token)
+        groups = enumerate(torch.split(tokens, counts))
+        results = torch.cat([self._run(expert, group) for expert, group in groups if len(group)])
+        # Back in the order of the tokens, so that a sum does not depend on what else is in the batch.
+        results = torch.empty_like(results).index_copy_(0, order, results)
+        return (results.view(*shares.shape, -1) * shares[:, :, None]).sum(1).to(hidden.dtype)
+
+    def _route(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how much which expert counts, in float32, and which it is: each (num_tokens, experts_per_token)."""
+        probabilities = self._router(hidden).float().softmax(-1)  # (num_tokens, num_experts)
+        shares, experts = probabilities.topk(self._config.experts_per_token)
+        if self._config.normalize:
+            shares = shares / shares.sum(-1, keepdim=True)
+        return shares, experts
+
+    def _run(self, expert: int, tokens: Tensor) -> Tensor:
+        gate, up = F.linear(tokens, self._gate_up[expert]).chunk(2, dim=-1)
+        return F.linear(self._activation(gate) * up, self._down[expert])
 
 
 class _Linear:
@@ -141,20 +219,27 @@ class _Linear:
 
 
 class _Norm:
-    """Root-mean-square norm. torch takes the statistics of low-precision activations in float32."""
+    """Normalisation over the last axis. torch takes the statistics of low-precision activations in float32."""
 
-    def __init__(self, config: NormConfig, weight: Tensor) -> None:
-        self._eps = config.eps
+    def __init__(self, config: NormConfig, name: str, weights: Weights) -> None:
+        self._config = config
+        weight = weights[f"{name}.weight"]
         # 1 + a small weight loses the weight in bfloat16, so a sum is kept, and applied, in float32.
         self._weight = weight if config.offset == 0 else weight.float() + config.offset
+        bias = weights.get(f"{name}.bias")
+        self._bias = None if bias is None else bias.to(self._weight.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
-        weight = self._weight
-        return F.rms_norm(x.to(weight.dtype), weight.shape, weight, self._eps).to(x.dtype)
+        weight, eps = self._weight, self._config.eps
+        wide = x.to(weight.dtype)
+        if self._config.kind == "layer":
+            return F.layer_norm(wide, weight.shape, weight, self._bias, eps).to(x.dtype)
+        normed = F.rms_norm(wide, weight.shape, weight, eps)
+        return (normed if self._bias is None else normed + self._bias).to(x.dtype)
 
 
 def _norm(config: NormConfig | None, name: str, weights: Weights) -> Callable[[Tensor], Tensor]:
-    return _unchanged if config is None else _Norm(config, weights[f"{name}.weight"])
+    return _unchanged if config is None else _Norm(config, name, weights)
 
 
 def _unchanged(x: Tensor) -> Tensor:

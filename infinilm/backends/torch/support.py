@@ -14,14 +14,16 @@ from infinilm_hookspecs import (
     LinearRopeScaling,
     Llama3RopeScaling,
     MlpConfig,
+    MoeConfig,
     Named,
     NormConfig,
+    RopeConfig,
     YarnRopeScaling,
 )
 
 ACTIVATIONS: Final = ("silu", "gelu", "gelu_tanh", "relu")
 DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
-NORM_KINDS: Final = ("rms",)
+NORM_KINDS: Final = ("rms", "layer")
 ROPE_SCALINGS: Final = (LinearRopeScaling, DynamicRopeScaling, Llama3RopeScaling, YarnRopeScaling)
 
 
@@ -40,6 +42,14 @@ def _reasons(request: BackendRequest, config: DecoderConfig) -> Iterator[str]:
     for quantization in (config.quantization, request.checkpoint.quantization):
         if quantization is not None:
             yield f"the torch backend does not run weights quantized as {quantization.scheme!r}"
+    num_positions = config.embedding.num_positions
+    if num_positions is not None and request.max_model_len > num_positions:
+        yield (
+            f"the torch backend finds {num_positions} positions in this model, and max_model_len is "
+            f"{request.max_model_len}"
+        )
+    if config.logits.softcap is not None and config.logits.softcap <= 0:
+        yield f"the torch backend cannot cap logits at {config.logits.softcap!r}"
     for index, layer in enumerate(config.layers):
         for reason in _layer_reasons(layer):
             yield f"the torch backend does not run layer {index}: {reason}"
@@ -51,12 +61,12 @@ def _layer_reasons(layer: LayerConfig) -> Iterator[str]:
         yield from _attention(layer.mixer)
     else:
         yield f"its mixer is {_part_name(layer.mixer)}"
-    if type(layer.mlp) is MlpConfig:
-        if layer.mlp.activation not in ACTIVATIONS:
-            yield f"its activation is {layer.mlp.activation!r}"
+    if type(layer.mlp) is MlpConfig or type(layer.mlp) is MoeConfig:
+        yield from _mlp(layer.mlp)
     elif layer.mlp is not None:
         yield f"its MLP is {_part_name(layer.mlp)}"
-    for norm in (layer.norms.before_mixer, layer.norms.before_mlp):
+    norms = layer.norms
+    for norm in (norms.before_mixer, norms.after_mixer, norms.before_mlp, norms.after_mlp):
         if norm is not None:
             yield from _norm(norm)
 
@@ -64,14 +74,30 @@ def _layer_reasons(layer: LayerConfig) -> Iterator[str]:
 def _attention(mixer: AttentionConfig) -> Iterator[str]:
     if mixer.num_heads % mixer.num_kv_heads:
         yield f"{mixer.num_heads} query heads cannot share {mixer.num_kv_heads} key-value heads evenly"
-    if mixer.rope is None:
-        return
-    if mixer.head_dim % 2:
-        yield f"a head of {mixer.head_dim} has no two halves to rotate"
-    if mixer.rope.scaling is not None and type(mixer.rope.scaling) not in ROPE_SCALINGS:
-        yield f"its rope scaling is {_part_name(mixer.rope.scaling)}"
-    if type(mixer.rope.scaling) is DynamicRopeScaling and mixer.head_dim < 4:
-        yield f"dynamic rope scaling has no base for a head of {mixer.head_dim}"
+    if mixer.sliding_window is not None and mixer.sliding_window < 1:
+        yield f"its sliding window of {mixer.sliding_window} hides every token from itself"
+    if mixer.softcap is not None and mixer.softcap <= 0:
+        yield f"its scores cannot be capped at {mixer.softcap!r}"
+    if mixer.query_key_norm is not None:
+        yield from _norm(mixer.query_key_norm)
+    if mixer.rope is not None:
+        yield from _rope(mixer.rope, mixer.head_dim)
+
+
+def _rope(rope: RopeConfig, head_dim: int) -> Iterator[str]:
+    if head_dim % 2:
+        yield f"a head of {head_dim} has no two halves to rotate"
+    if rope.scaling is not None and type(rope.scaling) not in ROPE_SCALINGS:
+        yield f"its rope scaling is {_part_name(rope.scaling)}"
+    if type(rope.scaling) is DynamicRopeScaling and head_dim < 4:
+        yield f"dynamic rope scaling has no base for a head of {head_dim}"
+
+
+def _mlp(mlp: MlpConfig | MoeConfig) -> Iterator[str]:
+    if mlp.activation not in ACTIVATIONS:
+        yield f"its activation is {mlp.activation!r}"
+    if isinstance(mlp, MoeConfig) and mlp.experts_per_token > mlp.num_experts:
+        yield f"{mlp.experts_per_token} of {mlp.num_experts} experts cannot be chosen"
 
 
 def _norm(norm: NormConfig) -> Iterator[str]:

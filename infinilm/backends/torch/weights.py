@@ -6,6 +6,7 @@ and keeps its address from then on, also through later updates.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -15,21 +16,24 @@ from torch import Tensor
 
 from infinilm_hookspecs import ParameterSpec, PlanError
 
-# One step then does one matrix product for each of these instead of three and two.
+# One step then does one matrix product for each of these instead of three and two. An MLP without a gate has its
+# up projection alone there.
 _FUSED: Final[Mapping[str, str]] = {
-    "self_attn.q_proj": "self_attn.qkv_proj",
-    "self_attn.k_proj": "self_attn.qkv_proj",
-    "self_attn.v_proj": "self_attn.qkv_proj",
-    "mlp.gate_proj": "mlp.gate_up_proj",
-    "mlp.up_proj": "mlp.gate_up_proj",
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
 }
+_EXPERT: Final = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a parameter lies: `num_rows` rows of a buffer, from row `start`."""
+    """Where a parameter lies: `num_rows` rows of a buffer, from row `start`, of one expert's slice where there are."""
 
     buffer: str
+    expert: int | None
     start: int
     num_rows: int
 
@@ -37,7 +41,8 @@ class _Place:
 class Weights:
     """Buffers for `specs` on `device`.
 
-    The parts of a fused matrix, or of its bias, are row ranges of one buffer, in the order of `specs`.
+    The parts of a fused matrix, or of its bias, are row ranges of one buffer, in the order of `specs`. The same matrix
+    of all experts of a layer is one buffer (num_experts, out_features, in_features), called as if there was one expert.
     """
 
     def __init__(self, specs: Mapping[str, ParameterSpec], device: torch.device) -> None:
@@ -50,7 +55,10 @@ class Weights:
     def destination(self, name: str) -> Tensor:
         """Return the buffer of the parameter `name`, or its rows of a fused one."""
         place = self._places[name]
-        return self._allocated(place.buffer).narrow(0, place.start, place.num_rows)
+        buffer = self._allocated(place.buffer)
+        if place.expert is not None:
+            buffer = buffer[place.expert]
+        return buffer.narrow(0, place.start, place.num_rows)
 
     def loaded(self, name: str) -> None:
         """Take note that `name` is full."""
@@ -91,21 +99,29 @@ _Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 def _lay_out(specs: Mapping[str, ParameterSpec]) -> tuple[dict[str, _Place], _Shapes]:
     """Give every parameter that is not tied its place, and return the shapes of the buffers this takes."""
     places: dict[str, _Place] = {}
+    filled: dict[tuple[str, int | None], int] = {}  # rows taken so far of a buffer, or of an expert's slice
     shapes: _Shapes = {}
     for name, spec in specs.items():
         if spec.tied_to is not None:
             continue
-        buffer = _buffer_name(name)
+        buffer, expert = _buffer_of(name)
         num_rows, *columns = spec.shape
-        start = shapes[buffer][0][0] if buffer in shapes else 0
-        places[name] = _Place(buffer, start, num_rows)
-        shapes[buffer] = ((start + num_rows, *columns), getattr(torch, spec.dtype))
+        start = filled.get((buffer, expert), 0)
+        places[name] = _Place(buffer, expert, start, num_rows)
+        filled[buffer, expert] = start + num_rows
+        experts = () if expert is None else (expert + 1,)
+        shapes[buffer] = ((*experts, start + num_rows, *columns), getattr(torch, spec.dtype))
     return places, shapes
 
 
-def _buffer_name(name: str) -> str:
-    for part, fused in _FUSED.items():
-        for kind in ("weight", "bias"):
-            if name.endswith(f".{part}.{kind}"):
-                return f"{name.removesuffix(f'{part}.{kind}')}{fused}.{kind}"
-    return name
+def _buffer_of(name: str) -> tuple[str, int | None]:
+    """Return the buffer a parameter lies in, and its place among the experts if it is one of theirs."""
+    name, expert = _without_expert(name)
+    path, _, kind = name.rpartition(".")
+    owner, _, part = path.rpartition(".")
+    return (f"{owner}.{_FUSED[part]}.{kind}" if part in _FUSED else name), expert
+
+
+def _without_expert(name: str) -> tuple[str, int | None]:
+    match = _EXPERT.fullmatch(name)
+    return (name, None) if match is None else (f"{match[1]}.{match[3]}", int(match[2]))
