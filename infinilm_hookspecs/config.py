@@ -242,7 +242,8 @@ def _to_plain(value: object) -> object:
         plain: dict[str, object] = {"kind": kind} if isinstance(kind, str) else {}
         for entry in fields(value):
             item = getattr(value, entry.name)
-            if entry.default is MISSING or item != entry.default:
+            default = entry.default_factory() if entry.default_factory is not MISSING else entry.default
+            if default is MISSING or item != default:
                 plain[entry.name] = _to_plain(item)
         return plain
     if isinstance(value, Mapping):

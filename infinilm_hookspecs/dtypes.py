@@ -7,7 +7,9 @@ ITEM_SIZES = {
     "uint8": 1,
     "int8": 1,
     "float8_e4m3fn": 1,
+    "float8_e4m3fnuz": 1,
     "float8_e5m2": 1,
+    "float8_e5m2fnuz": 1,
     "float8_e8m0fnu": 1,
     "uint16": 2,
     "int16": 2,
@@ -23,15 +25,20 @@ ITEM_SIZES = {
 }
 """Bytes of one element."""
 
-# (bits of exponent, bits of mantissa), IEEE 754 and OCP 8-bit floating point 1.0
+# (bits of precision, exponent of the smallest value, exponent of the largest): IEEE 754, OCP 8-bit floating point 1.0,
+# OCP microscaling formats 1.0, and for fnuz https://onnx.ai/onnx/technical/float8.html
 _FLOATS = {
-    "float8_e4m3fn": (4, 3),
-    "float8_e5m2": (5, 2),
-    "float16": (5, 10),
-    "bfloat16": (8, 7),
-    "float32": (8, 23),
-    "float64": (11, 52),
+    "float8_e4m3fn": (4, -9, 8),
+    "float8_e4m3fnuz": (4, -10, 7),
+    "float8_e5m2": (3, -16, 15),
+    "float8_e5m2fnuz": (3, -17, 15),
+    "float8_e8m0fnu": (0, -127, 127),  # powers of two, and not even 0: it contains nothing but itself
+    "float16": (11, -24, 15),
+    "bfloat16": (8, -133, 127),
+    "float32": (24, -149, 127),
+    "float64": (53, -1074, 1023),
 }
+_WITHOUT_NEGATIVE_ZERO = {"float8_e4m3fnuz", "float8_e5m2fnuz"}  # nor infinities
 
 # (bits of magnitude, signed)
 _INTEGERS = {
@@ -59,13 +66,16 @@ def is_lossless(source: str, target: str) -> bool:
     """Return whether every value of dtype `source` is a value of dtype `target`."""
     if source == target:
         return True
-    if source in _FLOATS and target in _FLOATS:
-        return all(ours <= theirs for ours, theirs in zip(_FLOATS[source], _FLOATS[target], strict=True))
+    if target == "complex64":
+        return is_lossless(source, "float32")
     if source in _INTEGERS and target in _INTEGERS:
         bits, signed = _INTEGERS[source]
         target_bits, target_signed = _INTEGERS[target]
         return bits <= target_bits and (target_signed or not signed)
     if source in _INTEGERS and target in _FLOATS:
-        _, mantissa = _FLOATS[target]
-        return _INTEGERS[source][0] <= mantissa + 1
+        return _INTEGERS[source][0] <= _FLOATS[target][0]
+    if source in _FLOATS and target in _FLOATS and target not in _WITHOUT_NEGATIVE_ZERO:
+        bits, low, high = _FLOATS[source]
+        target_bits, target_low, target_high = _FLOATS[target]
+        return bits <= target_bits and low >= target_low and high <= target_high
     return False

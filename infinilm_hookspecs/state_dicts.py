@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 class StateDictRule:
     """A rule over all weights of a stage at once, as remappers of state dicts are written.
 
-    `function` is called with the weights by name and returns the dict that replaces it. What it leaves out is dropped.
+    `function` is called with the weights by name and returns the dict that replaces it. A weight of which it uses
+    nothing is dropped; `DROP` under a weight's name says that what it did not use of that one is not wanted.
     """
 
     function: Callable[[dict[str, SymbolicTensor]], Mapping[str, SymbolicTensor]]

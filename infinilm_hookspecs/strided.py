@@ -159,7 +159,7 @@ class StridedTensor:
             if isinstance(item, slice):
                 result = result._slice(dim, item)
                 shape.append(result.shape[dim])
-            elif isinstance(item, int):
+            elif isinstance(item, int) and not isinstance(item, bool):
                 row = self._row(dim, item)
                 result = result._slice(dim, slice(row, row + 1))
             else:
@@ -173,8 +173,8 @@ class StridedTensor:
         dim = self._dimension(dim)
         total = self.shape[dim]
         if isinstance(sizes, int):
-            sizes = [min(sizes, total - start) for start in range(0, total, sizes)]
-        if sum(sizes) != total:
+            sizes = [min(sizes, total - at) for at in range(0, max(total, 1), sizes)] if sizes > 0 else [sizes]
+        if sum(sizes) != total or min(sizes, default=0) < 0:
             raise WeightError(f"{self!r}: split into {list(sizes)} along dimension {dim} of {total}")
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         return tuple(self._slice(dim, slice(a, a + n)) for a, n in zip(starts, sizes, strict=True))
@@ -277,10 +277,7 @@ class StridedTensor:
 
     def to(self, dtype: str | torch.dtype) -> Self:
         """Return the tensor converted to `dtype`; lossy if it narrows."""
-        try:
-            name = dtype_name(dtype)
-        except ValueError as err:
-            raise WeightError(f"{self!r}: {err}") from err
+        name = self._known(dtype)
         return self if name == self.dtype_name else self._pointwise(("to", name), name)
 
     def plus(self, value: float) -> Self:
@@ -305,7 +302,9 @@ class StridedTensor:
         tensor-parallel ranks each read the whole tensor.
         """
         new_shape = self.shape if shape is None else tuple(shape)
-        new_dtype = self.dtype_name if dtype is None else dtype_name(dtype)
+        if min(new_shape, default=0) < 0:
+            raise WeightError(f"{self!r}: apply cannot have the shape {list(new_shape)}")
+        new_dtype = self.dtype_name if dtype is None else self._known(dtype)
         return self._defer(fn, new_shape, new_dtype, inverse, getattr(fn, "__name__", "apply"))
 
     def losses(self) -> tuple[str, ...]:
@@ -371,6 +370,12 @@ class StridedTensor:
         source = Source(self.name, shape, dtype, Deferred((self,), function, inverse, label))
         return type(self)(self.name, shape, dtype, (Piece(source),), self.trail)
 
+    def _known(self, dtype: str | torch.dtype) -> str:
+        try:
+            return dtype_name(dtype)
+        except ValueError as err:
+            raise WeightError(f"{self!r}: {err}") from err
+
     def _dimension(self, dim: int) -> int:
         if not -self.ndim <= dim < self.ndim:
             raise WeightError(f"{self!r}: dimension {dim} of {self.ndim}")
@@ -420,7 +425,7 @@ def _flatten(sizes: Sequence[int | Sequence[int]]) -> list[int]:
 
 def infer_size(volume: int, shape: Sequence[int], of: str) -> tuple[int, ...]:
     known = prod(size for size in shape if size != -1)
-    if list(shape).count(-1) > 1 or (-1 in shape and (known == 0 or volume % known)):
+    if list(shape).count(-1) > 1 or min(shape, default=0) < -1 or (-1 in shape and (known == 0 or volume % known)):
         raise WeightError(f"{of}: cannot reshape to {list(shape)}")
     found = tuple(volume // known if size == -1 else size for size in shape)
     if prod(found) != volume:

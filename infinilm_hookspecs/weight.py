@@ -62,7 +62,10 @@ class Weight(StridedTensor):
 
     def chunk(self, chunks: int, dim: int = 0) -> tuple[Weight, ...]:
         """Return `chunks` slices along `dim`, the last one smaller where it does not divide."""
-        return self.split(-(-self.shape[self._dimension(dim)] // chunks), dim)
+        if chunks < 1:
+            raise WeightError(f"{self!r}: {chunks} chunks")
+        total = self.shape[self._dimension(dim)]
+        return self.split(-(-total // chunks) if total else [0] * chunks, dim)
 
     def unbind(self, dim: int = 0) -> tuple[Weight, ...]:
         """Return every row of `dim` as a weight with one dimension less."""
@@ -100,6 +103,8 @@ class Weight(StridedTensor):
 
     def unsqueeze(self, dim: int) -> Weight:
         """Return the tensor with a dimension of size 1 put in at `dim`."""
+        if not -self.ndim - 1 <= dim <= self.ndim:
+            raise WeightError(f"{self!r}: no dimension can be put in at {dim}")
         at = dim if dim >= 0 else self.ndim + 1 + dim
         return self.reshape([*self.shape[:at], 1, *self.shape[at:]])
 

@@ -16,7 +16,7 @@ Run = tuple[int, tuple[Atom, ...]]  # (offset, atoms) of strided elements of a s
 def find_hole_or_overlap(boxes: Sequence[tuple[Span, ...]], shape: Sequence[int]) -> str | None:
     """Return what is wrong with `boxes` as a partition of a tensor of `shape`, in words, or `None`."""
     live: list[tuple[Span, ...]] = []
-    for box in sorted(boxes):
+    for box in sorted(box for box in boxes if prod(extent for _, extent in box)):
         live = [other for other in live if not box or other[0][0] + other[0][1] > box[0][0]]
         if any(_overlap(box, other) for other in live):
             return f"is written twice at {_describe(box)}"
@@ -49,10 +49,15 @@ class Usage:
         return self._known[question]
 
 
-def _count(num_elements: int, runs: tuple[Run, ...]) -> tuple[int, int]:
+def _count(num_elements: int, runs: Sequence[Run]) -> tuple[int, int]:
     import numpy  # most plans have no question for it, and listing plugins wants none
 
-    # Elements that always come together are counted as one: whole rows, most of the time.
+    runs = [run for run in runs if all(size for size, _ in run[1])]
+    together = 1  # elements that always come together are counted as one: whole rows, most of the time
+    while (smaller := _without_common_atom(num_elements, runs)) is not None:
+        size, runs = smaller
+        num_elements //= size
+        together *= size
     unit = num_elements
     for offset, atoms in runs:
         unit = gcd(unit, offset, _contiguous(atoms), *(stride for size, stride in atoms if size > 1 and stride != 1))
@@ -66,8 +71,35 @@ def _count(num_elements: int, runs: tuple[Run, ...]) -> tuple[int, int]:
                 strides.append(1 if stride == 1 else stride // unit)
         view = numpy.lib.stride_tricks.as_strided(uses[offset // unit :], sizes, strides)
         view += view < 2
-    unused, repeated = int((uses == 0).sum()), int((uses > 1).sum())
-    return unused * unit, repeated * unit
+    together *= unit
+    return int((uses == 0).sum()) * together, int((uses > 1).sum()) * together
+
+
+def _without_common_atom(num_elements: int, runs: Sequence[Run]) -> tuple[int, list[Run]] | None:
+    """Return (size, runs without it) of an atom through which all runs go alike, or `None` where there is none."""
+    for atom in runs[0][1] if runs else ():
+        if atom[0] > 1 and num_elements % prod(atom) == 0:
+            without = [_without(run, atom) for run in runs]
+            if None not in without:
+                return atom[0], [run for run in without if run is not None]
+    return None
+
+
+def _without(run: Run, atom: Atom) -> Run | None:
+    """Return `run` as if the tensor had only the first of `size` slices at every `stride`; `None` if it uses others."""
+    offset, atoms = run
+    size, stride = atom
+    period = size * stride
+    others = list(atoms)
+    if atom not in others:
+        return None
+    others.remove(atom)
+    inside = offset % period + sum((n - 1) * step for n, step in others if step % period)
+    if inside >= stride:
+        return None
+    return offset // period * stride + offset % period, tuple(
+        (n, step if step % period else step // size) for n, step in others
+    )
 
 
 def _contiguous(atoms: Sequence[Atom]) -> int:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from infinilm.loading.plan import LoadPlan, PlannedParameter
-from infinilm.loading.values import Reader, evaluate, fill, torch_dtype
-from infinilm_hookspecs import Backend, Checkpoint, PlanError, Weight
+from infinilm.loading.stages import RuleNote
+from infinilm.loading.values import Reader, Steps, fill, torch_dtype
+from infinilm_hookspecs import Backend, Checkpoint, CheckpointError, PlanError, Weight
 from infinilm_hookspecs.dtypes import ITEM_SIZES
 
 Progress = Callable[[int], object]
@@ -24,28 +25,40 @@ def load(plan: LoadPlan, checkpoint: Checkpoint, backend: Backend, progress: Pro
     """
     plan.check()
     read = _reader(checkpoint)
-    with torch.inference_mode():
+    steps = Steps(weight for parameter in plan.parameters for weight in (parameter.weight, *parameter.twins))
+    with torch.no_grad():
         for parameter in plan.parameters:
             destination = backend.destination(parameter.name)
-            _load_parameter(parameter, destination, checkpoint, read)
+            _check_buffer(parameter, destination)
+            if _can_read_in_place(parameter.weight, destination):
+                name = parameter.weight.pieces[0].source.name
+                checkpoint.read(name, tuple(slice(0, size) for size in parameter.weight.shape), destination.detach())
+            else:
+                _fill(parameter.weight, destination, read, steps)
+            for twin in parameter.twins:
+                _check_twin(parameter, twin, destination, read, steps)
             backend.loaded(parameter.name)
             progress(parameter.weight.numel() * ITEM_SIZES[parameter.spec.dtype])
         backend.finish_loading()
 
 
-def _load_parameter(parameter: PlannedParameter, destination: Tensor, checkpoint: Checkpoint, read: Reader) -> None:
-    if tuple(destination.shape) != parameter.spec.shape:
-        raise PlanError(
-            f"the backend's buffer for {parameter.name} is {list(destination.shape)}, and it asked for "
-            f"{list(parameter.spec.shape)}"
-        )
-    if _can_read_in_place(parameter.weight, destination):
-        name = parameter.weight.pieces[0].source.name
-        checkpoint.read(name, tuple(slice(0, size) for size in parameter.weight.shape), destination)
-    else:
-        fill(parameter.weight, destination, read)
-    for twin in parameter.twins:
-        _check_twin(parameter, twin, read)
+def _check_buffer(parameter: PlannedParameter, buffer: Tensor) -> None:
+    found = f"{list(buffer.shape)} {str(buffer.dtype).removeprefix('torch.')}"
+    wanted = f"{list(parameter.spec.shape)} {parameter.spec.dtype}"
+    if found != wanted:
+        raise PlanError(f"the backend's buffer for {parameter.name} is {found}, and it asked for {wanted}")
+
+
+def _fill(weight: Weight, buffer: Tensor, read: Reader, steps: Steps) -> None:
+    """Fill `buffer`; an exception inside a deferred step gains a note saying whose it is."""
+    try:
+        fill(weight, buffer, read, steps)
+    except CheckpointError:
+        raise
+    except Exception as err:
+        if any(piece.source.deferred is not None for piece in weight.pieces):
+            err.add_note(RuleNote(f"while loading {weight.name} from {weight.origin()}"))
+        raise
 
 
 def _can_read_in_place(weight: Weight, destination: Tensor) -> bool:
@@ -63,9 +76,11 @@ def _can_read_in_place(weight: Weight, destination: Tensor) -> bool:
     )
 
 
-def _check_twin(parameter: PlannedParameter, twin: Weight, read: Reader) -> None:
-    """Compare a second stored copy of a tied parameter with the one that was loaded."""
-    if twin.shape == parameter.weight.shape and torch.equal(evaluate(twin, read), evaluate(parameter.weight, read)):
+def _check_twin(parameter: PlannedParameter, twin: Weight, loaded: Tensor, read: Reader, steps: Steps) -> None:
+    """Compare a second stored copy of a tied parameter with the one that was loaded, bit for bit as it is kept."""
+    copy = torch.empty(loaded.shape, dtype=loaded.dtype)
+    _fill(twin, copy, read, steps)
+    if torch.equal(copy.reshape(-1).view(torch.uint8), loaded.cpu().reshape(-1).view(torch.uint8)):
         return
     raise PlanError(
         f"{parameter.name} and {twin.name} are tied, and their stored copies "

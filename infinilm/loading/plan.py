@@ -7,17 +7,22 @@ holding the result against the backend's parameters. All errors are collected. K
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+import gc
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 
-from infinilm.loading.coverage import Run, Usage, find_hole_or_overlap
+from infinilm.loading.coverage import Run, Usage
 from infinilm.loading.messages import group_messages
 from infinilm.loading.stages import Stage, Walk
 from infinilm_hookspecs import ParameterSpec, PlanError, Weight
 from infinilm_hookspecs.dtypes import ITEM_SIZES, is_lossless
-from infinilm_hookspecs.strided import Piece, Source, StridedTensor
+from infinilm_hookspecs.strided import Piece, Source
 from infinilm_hookspecs.types import StoredTensor
+
+_NUMBER = re.compile(r"([0-9]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +44,10 @@ class PlannedParameter:
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """What is read from where into which parameter. `dropped` maps stored names to the plugin that dropped them."""
+    """What is read from where into which parameter.
+
+    `dropped` maps the stored tensors that are not loaded, or only in part, to the plugin that dropped the rest.
+    """
 
     parameters: tuple[PlannedParameter, ...]
     dropped: Mapping[str, str]
@@ -69,111 +77,193 @@ def plan_load(
     Never raises for a misfit between them: what is wrong is in `LoadPlan.errors`. An exception inside a rule that is
     not a `WeightError` propagates with a note naming the plugin and the weight.
     """
+    with _collector_paused():
+        return _plan(tensors, stages, parameters)
+
+
+def _plan(
+    tensors: Mapping[str, StoredTensor], stages: Sequence[Stage], parameters: Mapping[str, ParameterSpec]
+) -> LoadPlan:
     walk = Walk({name: Weight.stored(name, stored.shape, stored.dtype) for name, stored in tensors.items()})
     for stage in stages:
         walk.run(stage)
-    planned = _match(walk.weights, parameters, walk.errors)
-    kept = [*walk.weights.values(), *(weight for _, weight in walk.dropped.values())]
-    errors = (*walk.errors, *_find_unused(kept, walk.partly, _tied_names(parameters)))
-    return LoadPlan(tuple(planned), {name: plugin for name, (plugin, _) in walk.dropped.items()}, errors)
+    ties = _ties(parameters)
+    planned = _match(walk.weights, parameters, ties, walk.errors)
+    tied = {name for kept, others in ties.items() for name in (kept, *others)}
+    errors = dict.fromkeys([*walk.errors, *_find_unused(tensors, walk, tied)])
+    dropped = {name: plugin for plugin, weight in walk.dropped for name in weight.stored_names()}
+    return LoadPlan(tuple(planned), dropped | walk.partly, tuple(errors))
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Keep the cyclic collector from going through hundreds of thousands of new objects again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _match(
-    weights: Mapping[str, Weight], parameters: Mapping[str, ParameterSpec], errors: list[str]
+    weights: Mapping[str, Weight],
+    parameters: Mapping[str, ParameterSpec],
+    ties: Mapping[str, Sequence[str]],
+    errors: list[str],
 ) -> list[PlannedParameter]:
     """Pair weights with parameters by name, and say of every one that has no match, or not the shape, what is wrong."""
     planned: list[PlannedParameter] = []
+    missing: list[str] = []
     for name, spec in parameters.items():
         if spec.tied_to is not None:
             continue
-        copies = [weights[n] for n in (name, *_ties_of(name, parameters)) if n in weights]
+        copies = [weights[n] for n in (name, *ties.get(name, ())) if n in weights]
         if not copies:
+            missing.append(name)
             continue
-        weight, *twins = copies
-        errors += _check_shape(name, spec, weight)
-        planned.append(PlannedParameter(name, spec, weight, tuple(twins)))
+        errors += [
+            f"{copy.name} is {list(copy.shape)} from {copy.origin()}, and the model needs {list(spec.shape)}"
+            for copy in copies
+            if copy.shape != spec.shape
+        ]
+        weight = copies[0]
+        twins = tuple(copy for copy in copies[1:] if copy.pieces is not weight.pieces)
+        planned.append(PlannedParameter(name, spec, weight, twins))
     unexpected = [weight for name, weight in weights.items() if name not in parameters]
-    found = {parameter.name for parameter in planned}
-    missing = [name for name, spec in parameters.items() if spec.tied_to is None and name not in found]
     errors += _describe_missing(missing, [weight.name for weight in unexpected])
-    errors += [
-        f"{weight.name} {list(weight.shape)} is not a parameter of this model, from {weight.origin()}"
-        for weight in unexpected
-    ]
+    errors += [_describe_unexpected(weight) for weight in unexpected]
     return planned
 
 
-def _ties_of(name: str, parameters: Mapping[str, ParameterSpec]) -> list[str]:
-    return [other for other, spec in parameters.items() if spec.tied_to == name]
+def _ties(parameters: Mapping[str, ParameterSpec]) -> dict[str, list[str]]:
+    """Return the parameters that others are tied to, with those others."""
+    ties: dict[str, list[str]] = {}
+    for name, spec in parameters.items():
+        if spec.tied_to is not None:
+            ties.setdefault(spec.tied_to, []).append(name)
+    return ties
 
 
-def _tied_names(parameters: Mapping[str, ParameterSpec]) -> set[str]:
-    ties = {name: spec.tied_to for name, spec in parameters.items() if spec.tied_to is not None}
-    return {*ties, *ties.values()}
+def _describe_unexpected(weight: Weight) -> str:
+    origin = weight.origin()
+    where = "" if origin == weight.name else f" from {origin}"
+    return (
+        f"{weight.name} {list(weight.shape)}{where} is no parameter of this model; "
+        "rename it in a weight rule, or return DROP for it"
+    )
 
 
-def _check_shape(name: str, spec: ParameterSpec, weight: Weight) -> list[str]:
-    if weight.shape != spec.shape:
-        return [f"{name} is {list(weight.shape)} from {weight.origin()}, and the model needs {list(spec.shape)}"]
-    if len(weight.pieces) == 1 and weight.pieces[0].place is not None:
-        problem = find_hole_or_overlap([weight.pieces[0].place], spec.shape)
-        return [f"{name} {problem}, from {weight.origin()}"]
-    return []
-
-
-def _describe_missing(missing: Iterable[str], unexpected: Sequence[str]) -> list[str]:
+def _describe_missing(missing: Iterable[str], unexpected: Iterable[str]) -> list[str]:
+    """Say what is missing, and which unexpected name of the same layer is spelt like it."""
+    spelt = {_without_numbers(name): name for name in unexpected}
+    kinds = list(dict.fromkeys(kind for kind, _ in spelt))
+    nearest: dict[str, str | None] = {}
     messages = []
     for name in missing:
-        close = difflib.get_close_matches(name, unexpected, n=1, cutoff=0.7) if len(unexpected) < 1000 else []
-        hint = f"; did a rule mean it by {close[0]}?" if close else ""
-        messages.append(f"{name} is missing{hint}")
+        kind, numbers = _without_numbers(name)
+        if kind not in nearest:
+            close = difflib.get_close_matches(kind, kinds, n=1, cutoff=0.7) if len(kinds) < 1000 else []
+            nearest[kind] = close[0] if close else None
+        meant = spelt.get((nearest[kind] or "", numbers))
+        messages.append(f"{name} is missing" + (f"; did a rule mean it by {meant}?" if meant else ""))
     return messages
 
 
-def _find_unused(weights: Iterable[Weight], partly: set[str], tied: set[str]) -> list[str]:
-    """Say which stored tensors lose elements nobody dropped, or give them twice to parameters that are not tied."""
-    runs: dict[int, list[Run]] = {}
-    sources: dict[int, Source] = {}
-    names: dict[int, dict[str, str]] = {}
-    for weight, piece in _leaf_pieces(weights):
-        key = id(piece.source)
-        sources[key] = piece.source
-        runs.setdefault(key, []).append((piece.offset, tuple(a for axis in piece.layout() for a in axis)))
-        names.setdefault(key, {})[weight.name] = weight.origin()
+def _without_numbers(name: str) -> tuple[str, tuple[str, ...]]:
+    pieces = _NUMBER.split(name)
+    return "#".join(pieces[::2]), tuple(pieces[1::2])
+
+
+def _find_unused(tensors: Mapping[str, StoredTensor], walk: Walk, tied: set[str]) -> list[str]:
+    """Say which tensors lose elements that nobody dropped, or give them twice to parameters that are not tied."""
+    uses = _collect_uses([*walk.weights.values(), *(weight for _, weight in walk.dropped)])
+    excused = {*walk.partly, *walk.reported}
     usage = Usage()
     messages = []
-    for key, source in sources.items():
-        if len(runs[key]) == 1 and len(runs[key][0][1]) == len(source.shape) and _is_whole(runs[key][0], source):
+    for use in uses:
+        if use.is_plain:
             continue
-        targets = ", ".join(names[key])
-        unused, repeated = usage.count(_volume(source), runs[key])
-        if unused and source.name not in partly:
+        runs, runs_of_steps = list(map(_run_of, use.pieces)), list(map(_run_of, use.pieces_of_steps))
+        unused, repeated = usage.count(use.volume, [*runs, *runs_of_steps])
+        if unused and use.is_accountable and excused.isdisjoint(use.stored_names):
             messages.append(
-                f"{unused} of {_volume(source)} elements of {source.name} go nowhere (used: {targets}); "
+                f"{unused} of {use.volume} elements of {use.what} go nowhere (used: {', '.join(use.targets)}); "
                 "return DROP beside the weights if that is meant"
             )
-        if repeated and not set(names[key]) <= tied:
-            messages.append(f"{repeated} elements of {source.name} are used more than once, in {targets}")
+        if repeated and runs_of_steps:  # computing with an element as often as one likes is no mistake
+            _, repeated = usage.count(use.volume, runs)
+        if repeated and not use.targets.keys() <= tied:
+            messages.append(f"{repeated} elements of {use.what} are used more than once, in {', '.join(use.targets)}")
+    found = {name for use in uses for name in use.stored_names}
+    messages += [
+        f"{volume} of {volume} elements of {name} go nowhere; return DROP for it if that is meant"
+        for name, stored in tensors.items()
+        if name not in found and name not in excused and (volume := prod(stored.shape))
+    ]
     return messages
 
 
-def _leaf_pieces(weights: Iterable[StridedTensor]) -> Iterable[tuple[StridedTensor, Piece]]:
-    """Yield every piece of `weights` that comes from a stored tensor, those behind a deferred step once each."""
-    seen: set[int] = set()
+class _Use:
+    """What is taken from one source: by weights, and by the deferred steps behind them."""
+
+    __slots__ = ("pieces", "pieces_of_steps", "source", "targets")
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.pieces: list[Piece] = []
+        self.pieces_of_steps: list[Piece] = []
+        self.targets: dict[str, None] = {}  # names of the weights, in order
+
+    @property
+    def volume(self) -> int:
+        return prod(self.source.shape)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether one weight takes everything as it is: true of most."""
+        return len(self.pieces) == 1 and not self.pieces_of_steps and self.pieces[0].axes is None
+
+    @property
+    def is_accountable(self) -> bool:
+        """Whether an element that is not used is one that was stored."""
+        return self.source.deferred is None or self.source.deferred.inverse is not None
+
+    @property
+    def stored_names(self) -> tuple[str, ...]:
+        deferred = self.source.deferred
+        if deferred is None:
+            return (self.source.name,)
+        return tuple(dict.fromkeys(name for tensor in deferred.inputs for name in tensor.stored_names()))
+
+    @property
+    def what(self) -> str:
+        deferred = self.source.deferred
+        names = ", ".join(self.stored_names[:3]) + (", ..." if len(self.stored_names) > 3 else "")
+        return names if deferred is None else f"what {deferred.label} makes of {names}"
+
+
+def _collect_uses(weights: Iterable[Weight]) -> list[_Use]:
+    """Return what is taken from every source that `weights` come from, each deferred step's inputs counted once."""
+    uses: dict[int, _Use] = {}
     for weight in weights:
         for piece in weight.pieces:
-            deferred = piece.source.deferred
-            if deferred is None:
-                yield weight, piece
-            elif id(deferred) not in seen:
-                seen.add(id(deferred))
-                for _, inner in _leaf_pieces(deferred.inputs):
-                    yield weight, inner
+            _use_of(piece, weight.name, uses).pieces.append(piece)
+    return list(uses.values())
 
 
-def _is_whole(run: Run, source: Source) -> bool:
-    return run[0] == 0 and tuple(size for size, _ in run[1]) == source.shape
+def _use_of(piece: Piece, target: str, uses: dict[int, _Use]) -> _Use:
+    """Return the use of the source of `piece`; where it is a deferred step met first, take note of its inputs."""
+    use = uses.get(id(piece.source))
+    if use is None:
+        use = uses[id(piece.source)] = _Use(piece.source)
+        for tensor in piece.source.deferred.inputs if piece.source.deferred else ():
+            for inner in tensor.pieces:
+                _use_of(inner, target, uses).pieces_of_steps.append(inner)
+    use.targets[target] = None
+    return use
 
 
-def _volume(source: Source) -> int:
-    return prod(source.shape)
+def _run_of(piece: Piece) -> Run:
+    return piece.offset, tuple(atom for axis in piece.layout() for atom in axis)

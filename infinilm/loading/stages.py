@@ -1,8 +1,8 @@
-"""Running one stage's rule: all weights at once, then the parts of one name joined."""
+"""Running one stage's rule: all weights at once, then the parts of one name joined, whole or an error."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from infinilm.loading.coverage import find_hole_or_overlap
@@ -21,16 +21,24 @@ class Stage:
     plugin: str
 
 
+class RuleNote(str):
+    """The note an exception gains when it leaves a weight rule."""
+
+    __slots__ = ()
+
+
 @dataclass(slots=True)
 class Walk:
     """Weights on their way through the stages, and what became of the rest.
 
-    `dropped` has the plugin that dropped a weight whole, `partly` the stored tensors whose rest was dropped.
+    `dropped` has the weights that were dropped whole, and `partly` the stored tensors whose rest was, with the plugin
+    that said so. `reported` are the stored tensors that some error is already about.
     """
 
     weights: dict[str, Weight]
-    dropped: dict[str, tuple[str, Weight]] = field(default_factory=dict)
-    partly: set[str] = field(default_factory=set)
+    dropped: list[tuple[str, Weight]] = field(default_factory=list)
+    partly: dict[str, str] = field(default_factory=dict)
+    reported: set[str] = field(default_factory=set)
     errors: list[str] = field(default_factory=list)
 
     def run(self, stage: Stage) -> None:
@@ -42,21 +50,21 @@ class Walk:
         self.weights = {name: self._join(name, parts) for name, parts in made.items()}
 
     def _run_each(self, stage: Stage) -> list[Weight]:
-        rule = compile_rule(stage.rule)
+        rule = _compile(stage)
         made: list[Weight] = []
         for weight in self.weights.values():
             try:
                 mapped = _as_sequence(rule(weight))
             except WeightError as err:
-                self.errors.append(f"{weight.name} [plugin {stage.plugin}]: {err}")
+                self._report(f"{weight.name} [plugin {stage.plugin}]: {err}", [weight])
                 continue
             except Exception as err:
-                err.add_note(f"in the weight rule of plugin {stage.plugin!r}, for {weight!r}")
+                err.add_note(RuleNote(f"in the weight rule of plugin {stage.plugin!r}, for {weight!r}"))
                 raise
             if mapped is None:
                 made.append(weight)
-            elif mapped == [DROP]:
-                self.dropped[weight.name] = stage.plugin, weight
+            elif all(one is DROP for one in mapped):
+                self.dropped.append((stage.plugin, weight))
             else:
                 made += self._take(mapped, weight, stage.plugin)
         return made
@@ -65,7 +73,7 @@ class Walk:
         made: list[Weight] = []
         for one in mapped:
             if isinstance(one, Drop):
-                self.partly.update(weight.stored_names())
+                self.partly |= dict.fromkeys(weight.stored_names(), plugin)
                 continue
             if one is not weight:
                 one.trail = (*weight.trail, plugin)
@@ -79,31 +87,48 @@ class Walk:
         }
         try:
             returned = stage.rule.function(dict(given))
-            made = [_named(name, value, given, stage.plugin) for name, value in _items(returned)]
+            items = _items(returned)
+            made = [_named(name, value, given, stage.plugin) for name, value in items if not isinstance(value, Drop)]
         except WeightError as err:
-            self.errors.append(f"the remapper of plugin {stage.plugin}: {err}")
+            self._report(f"the remapper of plugin {stage.plugin}: {err}", self.weights.values())
             return []
         except Exception as err:
-            err.add_note(f"in the state-dict remapper of plugin {stage.plugin!r}")
+            err.add_note(RuleNote(f"in the state-dict remapper of plugin {stage.plugin!r}"))
             raise
+        for weight in (self.weights[str(name)] for name, value in items if isinstance(value, Drop) and name in given):
+            self.partly |= dict.fromkeys(weight.stored_names(), stage.plugin)
         used = {id(source) for weight in made for source in weight.stored_sources()}
-        for name, weight in self.weights.items():
+        for weight in self.weights.values():
             if not any(id(source) in used for source in weight.stored_sources()):
-                self.dropped[name] = stage.plugin, weight
+                self.dropped.append((stage.plugin, weight))
         return made
 
     def _join(self, name: str, parts: list[Weight]) -> Weight:
-        if len(parts) == 1:
-            return parts[0]
-        try:
-            whole = join(parts)
-        except WeightError as err:
-            self.errors.append(str(err))
-            return parts[0]
+        whole = parts[0]
+        if len(parts) > 1:
+            try:
+                whole = join(parts)
+            except WeightError as err:
+                self._report(str(err), parts)
+                return whole
+        if len(whole.pieces) == 1 and whole.pieces[0].place is None:
+            return whole
         problem = find_hole_or_overlap([piece.box(whole.shape) for piece in whole.pieces], whole.shape)
         if problem is not None:
-            self.errors.append(f"{name} {problem}, from {whole.origin()}")
+            self._report(f"{name} {problem}" + (f", from {whole.origin()}" if whole.pieces else ""), [whole])
         return whole
+
+    def _report(self, error: str, weights: Iterable[Weight]) -> None:
+        self.errors.append(error)
+        self.reported.update(name for weight in weights for name in weight.stored_names())
+
+
+def _compile(stage: Stage) -> Callable[[Weight], Mapped]:
+    try:
+        return compile_rule(stage.rule)
+    except WeightError as err:
+        err.add_note(RuleNote(f"in the weight rule of plugin {stage.plugin!r}"))
+        raise
 
 
 def _as_sequence(mapped: Mapped) -> Sequence[Weight | Drop] | None:

@@ -5,52 +5,96 @@ A `Reader` gives a region of a stored tensor as a contiguous CPU tensor; nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import prod
 
 import torch
 from torch import Tensor
 
 from infinilm_hookspecs import WeightError
-from infinilm_hookspecs.layout import Atom, bounds
+from infinilm_hookspecs.layout import Atom, Span, bounds
 from infinilm_hookspecs.strided import Deferred, Operation, Piece, Source, StridedTensor
 
 Reader = Callable[[str, tuple[slice, ...]], Tensor]
 
 
-def evaluate(weight: StridedTensor, read: Reader) -> Tensor:
+class Steps:
+    """The results of deferred steps: each is computed once, and freed after its last use.
+
+    `weights` are those that are going to be filled, each of them once.
+    """
+
+    def __init__(self, weights: Iterable[StridedTensor]) -> None:
+        self._uses = Counter[int]()  # by the identity of the result's source: pieces that are still to be read
+        self._results: dict[int, Tensor] = {}
+        for weight in weights:
+            self._expect(weight)
+
+    def result(self, source: Source, deferred: Deferred, read: Reader) -> Tensor:
+        """Return the result of a step. Raises `WeightError` where it is not what the rule declared."""
+        key = id(source)
+        result = self._results.get(key)
+        if result is None:
+            result = self._results[key] = run_deferred(source, deferred, read, self).contiguous()
+        self._uses[key] -= 1
+        if self._uses[key] <= 0:
+            del self._results[key]
+        return result
+
+    def _expect(self, weight: StridedTensor) -> None:
+        for piece, _ in _pieces_to_fill(weight):
+            source = piece.source
+            if source.deferred is None:
+                continue
+            if id(source) not in self._uses:
+                for tensor in source.deferred.inputs:
+                    self._expect(tensor)
+            self._uses[id(source)] += 1
+
+
+def evaluate(weight: StridedTensor, read: Reader, steps: Steps | None = None) -> Tensor:
     """Return the whole tensor `weight` stands for, on the CPU."""
     result = torch.empty(weight.shape, dtype=torch_dtype(weight.dtype_name))
-    fill(weight, result, read)
+    fill(weight, result, read, steps)
     return result
 
 
-def fill(weight: StridedTensor, destination: Tensor, read: Reader) -> None:
-    """Write `weight` into `destination`, which has its shape; the last conversion is to the destination's dtype."""
-    for piece in weight.pieces:
-        box = piece.box(weight.shape)
+def fill(weight: StridedTensor, destination: Tensor, read: Reader, steps: Steps | None = None) -> None:
+    """Write `weight` into `destination`, which has its shape; the last conversion is to the destination's dtype.
+
+    `steps` are shared with other weights that come from the same deferred steps.
+    """
+    steps = steps or Steps([weight])
+    for piece, box in _pieces_to_fill(weight):
         extents = [extent for _, extent in box]
-        if prod(extents) == 0:
-            continue
-        values = apply_operations(read_piece(piece, read).reshape(extents), piece.operations)
+        values = apply_operations(read_piece(piece, read, steps).reshape(extents), piece.operations)
         destination[tuple(slice(start, start + extent) for start, extent in box)].copy_(values)
 
 
-def read_piece(piece: Piece, read: Reader) -> Tensor:
+def _pieces_to_fill(weight: StridedTensor) -> Iterator[tuple[Piece, tuple[Span, ...]]]:
+    """Yield every piece that has elements, with its box."""
+    for piece in weight.pieces:
+        box = piece.box(weight.shape)
+        if all(extent for _, extent in box):
+            yield piece, box
+
+
+def read_piece(piece: Piece, read: Reader, steps: Steps) -> Tensor:
     """Return the elements of `piece` as one strided view, a dimension per atom, before its operations."""
     atoms = [atom for axis in piece.layout() for atom in axis]
     sizes = [size for size, _ in atoms]
     source = piece.source
     if source.deferred is not None:
-        whole = run_deferred(source, source.deferred, read).contiguous()
+        whole = steps.result(source, source.deferred, read)
         return _strided(whole, sizes, [stride for _, stride in atoms], piece.offset)
     region, offset, strides = bounds(source.shape, piece.offset, atoms)
     return _strided(read(source.name, region), sizes, strides, offset)
 
 
-def run_deferred(source: Source, deferred: Deferred, read: Reader) -> Tensor:
+def run_deferred(source: Source, deferred: Deferred, read: Reader, steps: Steps) -> Tensor:
     """Return the result of a deferred step. Raises `WeightError` where it is not what the rule declared."""
-    result = deferred.function(*(evaluate(weight, read) for weight in deferred.inputs))
+    result = deferred.function(*(evaluate(tensor, read, steps) for tensor in deferred.inputs))
     found = tuple(result.shape), str(result.dtype).removeprefix("torch.")
     if found != (source.shape, source.dtype):
         raise WeightError(
@@ -105,7 +149,7 @@ def apply_operations(values: Tensor, operations: tuple[Operation, ...]) -> Tenso
         if kind == "to":
             values = values.to(torch_dtype(operand))
         else:
-            values = values + operand if kind == "add" else values * operand
+            values = (values + operand if kind == "add" else values * operand).to(values.dtype)
     return values
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from infinilm.loading.plan import plan_load
 from infinilm.loading.stages import Stage, Walk
 from infinilm.loading.values import evaluate
 from infinilm.plugins import (
@@ -25,7 +26,7 @@ from infinilm.plugins import (
     trace_lineage,
 )
 from infinilm.plugins import adapt_config as adapt_config_of
-from infinilm_hookspecs import DROP, ConfigError, PluginError, Weight, WeightError
+from infinilm_hookspecs import DROP, ConfigError, ParameterSpec, PluginError, StoredTensor, Weight, WeightError
 from infinilm_hookspecs.state_dicts import RuleChain, StateDictRule
 
 StateDict = dict[str, Any]
@@ -197,6 +198,20 @@ def test_mistakes_are_collected_with_the_way_out(mistake: Callable[[Any], Any], 
     (error,) = walk.errors
     assert error.startswith("the remapper of plugin acme: ")
     assert re.search(message, error), error
+
+
+def test_rest_of_a_weight_is_dropped_by_name() -> None:
+    def first_rows(weights: StateDict) -> StateDict:
+        return {"kept": weights["padded"][:3], "padded": DROP}
+
+    tensors = {"padded": StoredTensor((4, 2), "float32", None)}
+    spec = ModelSpec(model_type="acme", weight_remapper=first_rows)
+    chain = spec.remap_weight({"model_type": "acme"})
+    assert chain is not None
+    stages = [Stage(rule, "acme") for rule in chain.rules]
+    plan = plan_load(tensors, stages, {"kept": ParameterSpec((3, 2), "float32")})
+    assert plan.errors == ()
+    assert plan.dropped == {"padded": "acme"}
 
 
 # ---------------------------------------------------------------- random programs
