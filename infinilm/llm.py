@@ -25,12 +25,14 @@ Prompt = str | Mapping[str, Any]
 class LLM:
     """A model, loaded and ready to generate.
 
-    `model` is a folder that some plugin opens. `plugins` are names as the command line's `-p` takes them, or plugin
-    objects; `plugin_manager` is a manager of the caller's instead. `backend` and `platform` are "auto" or the name of
-    the plugin to ask. `dtype` is "auto", the checkpoint's own, or a name such as "bfloat16". `max_model_len` and
-    `max_num_batched_tokens` are in tokens, `kv_cache_memory` in bytes. `generation_config="auto"` takes default
-    sampling parameters from the checkpoint, "vllm" keeps the engine's own. `seed` makes requests without a seed
-    repeatable.
+    `model` is a folder or URL that some plugin opens, or a Hub id, of which `revision` is a branch, a tag or a commit.
+    `plugins` are names as the command line's `-p` takes them, or plugin objects; `plugin_manager` is a manager of the
+    caller's instead. `backend` and `platform` are "auto" or the name of the plugin to ask. `dtype` is "auto", the
+    checkpoint's own, or a name such as "bfloat16". `tokenizer` is another folder, or Hub id, to take the tokenizer and
+    chat template from. `trust_remote_code` keeps the key of the config that names code, `auto_map`, for a plugin to run
+    it. `max_model_len` and `max_num_batched_tokens` are in tokens, `kv_cache_memory` in bytes.
+    `generation_config="auto"` takes default sampling parameters from the checkpoint, "vllm" keeps the engine's own.
+    `seed` makes requests without a seed repeatable.
 
     Raises an `InfinilmError` that says which file, tensor or plugin is at fault, before any weight is read where
     headers can tell.
@@ -46,6 +48,9 @@ class LLM:
         platform: str = "auto",
         device: str = "auto",
         dtype: str = "auto",
+        tokenizer: str | Path | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
         max_model_len: int | None = None,
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048,
@@ -55,11 +60,13 @@ class LLM:
     ) -> None:
         if generation_config not in ("auto", "vllm"):
             raise RequestError(f"generation_config={generation_config!r} is not allowed; it takes 'auto' or 'vllm'")
+        if max_model_len is not None and max_model_len < 1:
+            raise RequestError(f"max_model_len={max_model_len!r} is not allowed; it takes a number of tokens, or None")
         self.plugin_manager = pm = plugin_manager or create_plugin_manager(plugins=plugins)
         self.platform = pipeline.select_platform(pm, platform)
-        self.checkpoint = pipeline.open_checkpoint(pm, str(model))
+        self.checkpoint = pipeline.open_checkpoint(pm, str(model), revision)
         with closing(self.checkpoint.value) as checkpoint:
-            self.lineage = trace_lineage(pm, checkpoint.config)
+            self.lineage = trace_lineage(pm, checkpoint.config, trust_remote_code=trust_remote_code)
             request = pipeline.make_request(
                 self.lineage,
                 checkpoint,
@@ -68,11 +75,12 @@ class LLM:
                 dtype=dtype,
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
+                trust_remote_code=trust_remote_code,
             )
             self.choice = pipeline.choose_backend(pm, request, backend)
             self.plan = pipeline.make_plan(pm, checkpoint, self.lineage, self.choice)
             self.plan.check()
-            self.processor = pipeline.select_processor(pm, self.lineage, checkpoint)
+            self.processor = pipeline.select_processor(pm, self.lineage, checkpoint, tokenizer)
             stored = read_generation_config(checkpoint)
             self._backend = self.choice.backend
             try:
@@ -207,5 +215,8 @@ class LLM:
 
     def _require_text(self, what: str) -> Processor:
         if self._text is None:
-            raise RequestError(f"{what} needs a tokenizer, and this model has none; give {{'prompt_token_ids': [...]}}")
+            raise RequestError(
+                f"{what} needs a tokenizer, and this model has none; give {{'prompt_token_ids': [...]}}, or take "
+                "another folder's with tokenizer=PATH (--tokenizer PATH)"
+            )
         return self._text

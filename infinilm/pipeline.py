@@ -16,12 +16,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from infinilm import hub
+from infinilm.checkpoint_view import CheckpointView
 from infinilm.loading.plan import LoadPlan, plan_load
 from infinilm.loading.stages import Stage
 from infinilm.plugins import Answer, Lineage, PluginManager
 from infinilm.plugins.checks import did_you_mean
 from infinilm.plugins.host import wrong_answer
-from infinilm.plugins.lineage import model_type_of
+from infinilm.plugins.lineage import freeze, model_type_of
 from infinilm_hookspecs import (
     Backend,
     BackendRequest,
@@ -91,15 +93,25 @@ def _import_dotted(answer: Answer[str]) -> Any:
 # ---------------------------------------------------------------- checkpoint
 
 
-def open_checkpoint(pm: PluginManager, source: str) -> Answer[Checkpoint]:
-    """Return the checkpoint at `source`. Raises `CheckpointError` when no plugin knows what lies there."""
-    if "://" not in source and not Path(source).exists():
-        raise CheckpointError(f"{source!r} does not exist")
+def open_checkpoint(pm: PluginManager, model: str, revision: str | None = None) -> Answer[Checkpoint]:
+    """Return the checkpoint of `model`, a path, a URL or a Hub id, of which `revision` is a branch, tag or commit.
+
+    Raises `CheckpointError` when there is no such model, or no plugin knows what lies there.
+    """
+    source = hub.resolve(model, revision)
     answer = pm.ask_one("open_checkpoint", source=source)
     if answer is None:
-        raise CheckpointError(f"no plugin opens {source!r}: {_what_lies_there(Path(source))}.{pm.failures()}")
+        where = repr(model) if source == model else f"{model!r}, in {source!r}"
+        raise CheckpointError(f"no plugin opens {where}: {_what_lies_there(Path(source))}.{pm.failures()}")
     if not isinstance(answer.value, Checkpoint):
         raise wrong_answer(pm, answer, "open_checkpoint", "a Checkpoint")
+    model_type = answer.value.config.get("model_type")
+    if not isinstance(model_type, str) or not model_type:
+        answer.value.close()
+        raise ConfigError(
+            f"the config of {source!r} has the model_type {model_type!r}; a name such as 'llama' is wanted, by which "
+            "plugins know the model"
+        )
     return answer
 
 
@@ -109,6 +121,14 @@ def _what_lies_there(path: Path) -> str:
     names = sorted(entry.name for entry in path.iterdir())
     shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
     return f"it holds {shown}, and a model.safetensors or its index is wanted" if names else "the folder is empty"
+
+
+def _as_plugins_see(checkpoint: Checkpoint, lineage: Lineage) -> Checkpoint:
+    """Return the checkpoint itself, or where its config named code, a view of it with the config that does not."""
+    stored = lineage.configs[0]
+    if isinstance(stored, DecoderConfig) or freeze(checkpoint.config) == stored:
+        return checkpoint
+    return CheckpointView(checkpoint, stored)
 
 
 # ---------------------------------------------------------------- dtype and sizes
@@ -170,6 +190,7 @@ def make_request(
     dtype: str,
     max_model_len: int | None,
     max_num_seqs: int,
+    trust_remote_code: bool = False,
 ) -> BackendRequest:
     """Return what is asked of backends, every "auto" settled.
 
@@ -178,12 +199,12 @@ def make_request(
     length = max_model_len or _config_number(lineage, "max_position_embeddings") or 0
     return BackendRequest(
         lineage=lineage.configs,
-        checkpoint=checkpoint,
+        checkpoint=_as_plugins_see(checkpoint, lineage),
         platform=platform,
         device=platform.device(0) if device == "auto" else device,
         dtype=choose_dtype(dtype, lineage, checkpoint, platform),
         quantization=None,
-        trust_remote_code=False,
+        trust_remote_code=trust_remote_code,
         rank=0,
         world_size=1,
         max_model_len=length,
@@ -265,8 +286,17 @@ def make_plan(pm: PluginManager, checkpoint: Checkpoint, lineage: Lineage, choic
 # ---------------------------------------------------------------- processor
 
 
-def select_processor(pm: PluginManager, lineage: Lineage, checkpoint: Checkpoint) -> Answer[Processor] | None:
-    """Return the model's processor, or `None` where no plugin has one: the model then takes token ids only."""
+def select_processor(
+    pm: PluginManager, lineage: Lineage, checkpoint: Checkpoint, tokenizer: str | Path | None = None
+) -> Answer[Processor] | None:
+    """Return the model's processor, or `None` where no plugin has one: the model then takes token ids only.
+
+    `tokenizer` is another folder or Hub id to take the tokenizer and chat template from. Raises `CheckpointError` when
+    no plugin knows what lies there.
+    """
+    checkpoint = _as_plugins_see(checkpoint, lineage)
+    if tokenizer is not None:
+        checkpoint = CheckpointView(checkpoint, checkpoint.config, _tokenizer_folder(str(tokenizer)))
     answer = pm.ask_first("select_processor", lineage=lineage.configs, checkpoint=checkpoint)
     if answer is not None and isinstance(answer.value, str):
         asked = pm.others(answer.value)
@@ -278,4 +308,16 @@ def select_processor(pm: PluginManager, lineage: Lineage, checkpoint: Checkpoint
         answer = named
     if answer is not None and not isinstance(answer.value, Processor):
         raise wrong_answer(pm, answer, "select_processor", "a Processor, or the name of the plugin that has one")
+    if answer is None and tokenizer is not None:
+        raise CheckpointError(
+            f"no plugin makes a processor of what lies in {str(tokenizer)!r}; a tokenizer.json, a tokenizer.model, or "
+            f"vocab.json and merges.txt are wanted.{pm.failures()}"
+        )
     return answer
+
+
+def _tokenizer_folder(tokenizer: str) -> Path:
+    folder = Path(hub.resolve(tokenizer, with_weights=False))
+    if not folder.is_dir():
+        raise CheckpointError(f"the tokenizer {tokenizer!r} is no folder; give the one its files lie in, or a Hub id")
+    return folder

@@ -16,7 +16,9 @@ PACKAGES = ("infinilm", "infinilm_hookspecs")
 LAYERS = {
     "cli": {"cli", "llm", "pipeline", "plugins", "loading"},
     "llm": {"pipeline", "plugins", "loading", "engine", "progress", "generation_config", "outputs", "sampling_params"},
-    "pipeline": {"plugins", "loading"},
+    "pipeline": {"plugins", "loading", "hub", "checkpoint_view"},
+    "hub": set(),
+    "checkpoint_view": set(),
     "generation_config": {"plugins", "sampling_params"},
     "plugins": {"plugins"},
     "loading": {"loading"},

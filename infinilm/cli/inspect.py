@@ -13,29 +13,45 @@ from typing import Any
 
 from infinilm import pipeline
 from infinilm.cli.errors import describe, is_users
+from infinilm.cli.options import ModelOptions, add_model_arguments
 from infinilm.loading.messages import group_messages
 from infinilm.loading.plan import LoadPlan, PlannedParameter
 from infinilm.plugins import create_plugin_manager, trace_lineage
 from infinilm.plugins.lineage import model_type_of
-from infinilm_hookspecs import DecoderConfig
+from infinilm_hookspecs import DecoderConfig, PlanError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("model", metavar="MODEL", help="a folder with a checkpoint")
+    add_model_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(arguments: Any) -> int:
-    """Print the report."""
-    report = inspect_model(arguments.model, arguments.plugins)
+    """Print the report. Raises what the stage raised that it ends with, and `PlanError` where the plan has errors."""
+    report = new_report(arguments.model)
+    failure: Exception | None = None
+    try:
+        with ExitStack() as stack:
+            _walk(report, arguments.model, arguments.plugins, ModelOptions.of(arguments), stack)
+    except Exception as err:
+        if not is_users(err):
+            raise
+        report["errors"].append(describe(err))
+        failure = err
     print(json.dumps(report, indent=2, ensure_ascii=False) if arguments.json else render(report))
-    return 2 if report["errors"] else 0
+    if failure is not None:
+        raise failure
+    if report["errors"]:
+        count = len(report["errors"])
+        problems = "1 problem" if count == 1 else f"{count} problems"
+        raise PlanError(f"{arguments.model!r} would not load: {problems}, listed above")
+    return 0
 
 
-def inspect_model(model: str, plugins: Iterable[object]) -> dict[str, Any]:
-    """Return what every stage found, as plain JSON types, up to the first stage that fails."""
-    report: dict[str, Any] = {
+def new_report(model: str) -> dict[str, Any]:
+    """Return the report before anything is known: every stage up to the first that fails fills in its part."""
+    return {
         "model": model,
         "platform": None,
         "checkpoint": None,
@@ -45,28 +61,22 @@ def inspect_model(model: str, plugins: Iterable[object]) -> dict[str, Any]:
         "processor": None,
         "errors": [],
     }
-    try:
-        with ExitStack() as stack:
-            _walk(report, model, plugins, stack)
-    except Exception as err:
-        if not is_users(err):
-            raise
-        report["errors"].append(describe(err))
-    return report
 
 
-def _walk(report: dict[str, Any], model: str, plugins: Iterable[object], stack: ExitStack) -> None:
+def _walk(
+    report: dict[str, Any], model: str, plugins: Iterable[object], options: ModelOptions, stack: ExitStack
+) -> None:
     pm = create_plugin_manager(plugins=plugins)
     platform = pipeline.select_platform(pm)
     report["platform"] = {"name": platform.value.name, "plugin": platform.plugin}
-    opened = pipeline.open_checkpoint(pm, model)
+    opened = pipeline.open_checkpoint(pm, model, options.revision)
     checkpoint = stack.enter_context(closing(opened.value))
     report["checkpoint"] = {
         "name": type(checkpoint).__name__,
         "plugin": opened.plugin,
         "num_tensors": len(checkpoint.tensors),
     }
-    lineage = trace_lineage(pm, checkpoint.config)
+    lineage = trace_lineage(pm, checkpoint.config, trust_remote_code=options.trust_remote_code)
     report["lineage"] = [
         {"model_type": config.model_type, "plugin": plugin, "is_decoder": True}
         if isinstance(config, DecoderConfig)
@@ -74,7 +84,14 @@ def _walk(report: dict[str, Any], model: str, plugins: Iterable[object], stack: 
         for config, plugin in zip(lineage.configs, (None, *lineage.plugins), strict=True)
     ]
     request = pipeline.make_request(
-        lineage, checkpoint, platform.value, device="auto", dtype="auto", max_model_len=None, max_num_seqs=1
+        lineage,
+        checkpoint,
+        platform.value,
+        device="auto",
+        dtype=options.dtype,
+        max_model_len=options.max_model_len,
+        max_num_seqs=1,
+        trust_remote_code=options.trust_remote_code,
     )
     choice = pipeline.choose_backend(pm, request)
     declined = [{"name": decline.name, "reason": decline.reason} for decline in choice.declined]
@@ -88,7 +105,7 @@ def _walk(report: dict[str, Any], model: str, plugins: Iterable[object], stack: 
     plan = pipeline.make_plan(pm, checkpoint, lineage, choice)
     report["plan"] = _describe_plan(plan, opened.plugin)
     report["errors"] += group_messages(plan.errors)
-    processor = pipeline.select_processor(pm, lineage, checkpoint)
+    processor = pipeline.select_processor(pm, lineage, checkpoint, options.tokenizer)
     if processor is not None:
         report["processor"] = {"name": type(processor.value).__name__, "plugin": processor.plugin}
 

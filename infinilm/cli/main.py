@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import re
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -16,8 +18,11 @@ from infinilm import __version__
 from infinilm.cli import generate, inspect, plugins
 from infinilm.cli.errors import ExitCode, describe, is_users
 from infinilm.plugins.checks import did_you_mean
+from infinilm_hookspecs import PluginError
 
 _COMMANDS = {"generate": generate, "inspect": inspect, "plugins": plugins}
+
+_OPTION = re.compile(r"--?[A-Za-z]")  # and no negative number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,16 +32,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parse(words)
         arguments.plugins = names
-        return int(arguments.run(arguments))
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
-        return ExitCode.OK  # the reader of our output has seen enough
+        # The reader of our output has seen enough. What is left must not meet the same error when Python exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.OK
     except Exception as err:
         if debug:
             traceback.print_exc()
         print(f"infinilm: error: {describe(err)}", file=sys.stderr)
         return ExitCode.USAGE_ERROR if is_users(err) else ExitCode.INTERNAL_ERROR
+
+
+def _run(arguments: Any) -> int:
+    """Run a command. Raises `PluginError` where code that it loaded ends the process instead."""
+    try:
+        return int(arguments.run(arguments))
+    except SystemExit as err:
+        where = traceback.extract_tb(err.__traceback__)[-1]
+        raise PluginError(
+            f"{where.filename!r}, line {where.lineno}, ended the process with {err!r}: a plugin raises an error instead"
+        ) from err
 
 
 def take_common_options(argv: Sequence[str]) -> tuple[list[str], list[str], bool]:
@@ -50,8 +70,6 @@ def take_common_options(argv: Sequence[str]) -> tuple[list[str], list[str], bool
             words += [word, *rest]
         elif word == "-p":
             names.append(next(rest, ""))
-        elif word.startswith("-p") and not word.startswith("--"):
-            names.append(word[2:])
         elif word == "--debug":
             debug = True
         else:
@@ -93,19 +111,21 @@ def parse(words: Sequence[str]) -> Any:
         parsers[name] = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         parsers[name].set_defaults(command=name, run=module.run)
         module.add_arguments(parsers[name])
-    _refuse_unknown_options(words, parsers)
+    _refuse_unknown_words(words, parser, parsers)
     return parser.parse_args(words)
 
 
-def _refuse_unknown_options(words: Sequence[str], parsers: Mapping[str, _Parser]) -> None:
-    """Name a misspelt option before argparse complains of the one that is now missing."""
-    command = next((word for word in words if word in parsers), None)
-    if command is None:
-        return
-    known = parsers[command].options()
-    for word in words[words.index(command) :]:
+def _refuse_unknown_words(words: Sequence[str], parser: _Parser, parsers: Mapping[str, _Parser]) -> None:
+    """Name a misspelt command or option before argparse complains of what is now missing."""
+    current = parser
+    for word in words:
         option = word.partition("=")[0]
         if option == "--":
             return
-        if option.startswith("--") and option not in known:
-            parsers[command].error(f"unknown option {option!r}{did_you_mean(option, known)}")
+        if _OPTION.match(option) and option not in current.options():
+            current.error(f"unknown option {option!r}{did_you_mean(option, current.options())}")
+        if current is parser and not word.startswith("-"):
+            if word not in parsers:
+                hint = did_you_mean(word, parsers)
+                parser.error(f"unknown command {word!r}{hint}; commands: {', '.join(parsers)}")
+            current = parsers[word]

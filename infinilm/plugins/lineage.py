@@ -13,8 +13,6 @@ from infinilm_hookspecs import Config, ConfigError, DecoderConfig
 
 _log = logging.getLogger("infinilm")
 
-_KEYS_THAT_NAME_CODE = ("auto_map", "_infinilm")
-
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
@@ -29,12 +27,13 @@ class Lineage:
         return [config for config in configs if not isinstance(config, DecoderConfig)]
 
 
-def trace_lineage(pm: PluginManager, config: Config) -> Lineage:
+def trace_lineage(pm: PluginManager, config: Config, *, trust_remote_code: bool = False) -> Lineage:
     """Return the configs that `config` is adapted to, until a `DecoderConfig` comes back or nobody answers.
 
-    Raises `ConfigError` for a config without a `model_type`, and for a cycle, which it shows.
+    Keys that name code are left out, and mentioned; with `trust_remote_code`, `auto_map` is kept. Raises `ConfigError`
+    for a config without a `model_type`, and for a cycle, which it shows.
     """
-    configs: list[Config | DecoderConfig] = [freeze(without_code(config))]
+    configs: list[Config | DecoderConfig] = [freeze(without_code(config, trust_remote_code=trust_remote_code))]
     plugins: list[str] = []
     answered: dict[str, set[str]] = {}
     while not isinstance(current := configs[-1], DecoderConfig):
@@ -74,12 +73,28 @@ def model_type_of(config: Config) -> str:
     return model_type.lower()
 
 
-def without_code(config: Config) -> Config:
-    """Return `config` without the keys that name code to run: a checkpoint is data. Mentions what it removed."""
-    removed = sorted(key for key in config if str(key).startswith(_KEYS_THAT_NAME_CODE))
+def without_code(config: Config, *, trust_remote_code: bool = False) -> Config:
+    """Return `config` without the keys that name code to run: a checkpoint is data. Mentions what it removed.
+
+    `trust_remote_code` keeps `auto_map`, the key of transformers; `_infinilm...` is never kept.
+    """
+    removed: list[str] = []
+    cleaned: Config = _cleaned(config, None if trust_remote_code else "auto_map", "", removed)
     if removed:
-        _log.warning("ignored %s of the config: a checkpoint names no code", ", ".join(removed))
-    return {key: value for key, value in config.items() if key not in removed}
+        hint = "" if trust_remote_code else "; trust_remote_code keeps auto_map"
+        _log.warning("ignored %s of the config: a checkpoint names no code%s", ", ".join(sorted(removed)), hint)
+    return cleaned
+
+
+def _cleaned(value: Any, unwanted: str | None, path: str, removed: list[str]) -> Any:
+    """Return a copy of `value`, at `path` of a config, and add the paths of the keys left out to `removed`."""
+    if isinstance(value, list | tuple):
+        return [_cleaned(item, unwanted, f"{path}{at}.", removed) for at, item in enumerate(value)]
+    if not isinstance(value, Mapping):
+        return value
+    names = {key for key in value if str(key).startswith("_infinilm") or key == unwanted}
+    removed += [f"{path}{key}" for key in names]
+    return {k: _cleaned(v, unwanted, f"{path}{k}.", removed) for k, v in value.items() if k not in names}
 
 
 def freeze(value: Any) -> Any:

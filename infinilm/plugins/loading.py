@@ -123,7 +123,7 @@ def _load_isolated(pm: PluginManager, candidate: Candidate) -> None:
     try:
         if reason is None:
             _load(pm, candidate)
-    except Exception as err:  # anything at all may go wrong in somebody's import, and must not take the host down
+    except (Exception, SystemExit) as err:  # whatever goes wrong in somebody's import must not take the host down
         reason = str(err) if isinstance(err, InfinilmError) else f"{type(err).__name__}: {err}"
     if reason is not None:
         pm.note(replace(candidate.record, status=Status.FAILED, error=reason))
