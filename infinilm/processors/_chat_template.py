@@ -19,6 +19,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from infinilm.processors._checkpoint_json import read_json
+from infinilm.processors._special_tokens import special_tokens
 from infinilm_hookspecs import Checkpoint, CheckpointError, RequestError
 
 _NAMES = ("chat_template.jinja", "tokenizer_config.json", "chat_template.json")
@@ -36,12 +37,17 @@ class ChatTemplate:
 
     @classmethod
     def open(cls, checkpoint: Checkpoint) -> ChatTemplate:
-        """Find the template: `chat_template.jinja` before `tokenizer_config.json` before `chat_template.json`."""
+        """Find the template: `chat_template.jinja` before `tokenizer_config.json` before `chat_template.json`.
+
+        Beside the first may stand another for conversations with tools, `additional_chat_templates/tool_use.jinja`.
+        """
         config = read_json(checkpoint, "tokenizer_config.json")
         variables = special_tokens(checkpoint)
         path = checkpoint.file("chat_template.jinja")
         if path is not None:
-            return cls({"default": path.read_text(encoding="utf-8")}, str(path), variables)
+            files = {"default": path, "tool_use": checkpoint.file("additional_chat_templates/tool_use.jinja")}
+            sources = {name: file.read_text(encoding="utf-8") for name, file in files.items() if file is not None}
+            return cls(sources, str(path), variables)
         for name, values in (_NAMES[1], config), (_NAMES[2], read_json(checkpoint, _NAMES[2])):
             if values.get("chat_template"):
                 origin = str(checkpoint.file(name))
@@ -74,7 +80,7 @@ class ChatTemplate:
         if not self._sources:
             raise RequestError(
                 f"this model has no chat template (looked in {self._origin}); use generate() with a plain prompt, or "
-                "put a chat_template.jinja beside the weights"
+                "put a chat_template.jinja beside the tokenizer"
             )
         if name not in self._sources:
             raise RequestError(
@@ -86,18 +92,6 @@ class ChatTemplate:
             raise CheckpointError(
                 f"the chat template {name!r} of {self._origin} is not Jinja: line {err.lineno}: {err.message}"
             ) from err
-
-
-def special_tokens(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return `bos_token`, `eos_token` and their kind: text by name, from `tokenizer_config.json` before the map."""
-    files = (read_json(checkpoint, name) for name in ("special_tokens_map.json", "tokenizer_config.json"))
-    found: dict[str, str] = {}
-    for values in files:
-        for key, value in values.items():
-            content = value.get("content") if isinstance(value, dict) else value
-            if key.endswith("_token") and isinstance(content, str):
-                found[key] = content
-    return found
 
 
 def _named_sources(value: object, origin: str) -> dict[str, str]:

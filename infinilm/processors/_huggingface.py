@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from infinilm.processors._chat_template import ChatTemplate, special_tokens
-from infinilm.processors._checkpoint_json import read_json
+from infinilm.processors._byte_level_bpe import open_byte_level_bpe
+from infinilm.processors._chat_template import ChatTemplate
+from infinilm.processors._response_parsers import ContentParser
+from infinilm.processors._special_tokens import eos_token_ids, special_tokens
 from infinilm.processors._token_bytes import vocabulary
-from infinilm.processors._token_streams import ByteStream, WindowStream
-from infinilm_hookspecs import Checkpoint, CheckpointError, Config, DecoderConfig, ParsedText, RequestError
+from infinilm.processors._token_streams import ByteStream, WindowStream, decode_bytes
+from infinilm_hookspecs import Checkpoint, CheckpointError, Config, DecoderConfig, RequestError
 from infinilm_hookspecs.types import ResponseParser, TokenStream
 
 
 class HuggingFaceProcessor:
-    """The processor of a folder with a `tokenizer.json`.
+    """The processor of a folder with a `tokenizer.json`, or the byte-level `vocab.json` and `merges.txt`.
 
     A chat template writes its special tokens itself: encode what `render_chat` returns with `add_special_tokens=False`.
     `decode` and `stream` agree with `tokenizers` on all valid text. A run of byte tokens that is not UTF-8 is read as
@@ -39,11 +42,9 @@ class HuggingFaceProcessor:
     def open(cls, lineage: Sequence[Config | DecoderConfig], checkpoint: Checkpoint) -> HuggingFaceProcessor:
         """Read the files of a checkpoint. Raises `CheckpointError` naming the one that is damaged."""
         path = checkpoint.file("tokenizer.json")
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as err:  # tokenizers raises nothing narrower
-            raise CheckpointError(f"{path} is not a tokenizer: {err}; download it again") from err
-        return cls(tokenizer, ChatTemplate.open(checkpoint), _eos_token_ids(lineage, checkpoint, tokenizer))
+        tokenizer = open_byte_level_bpe(checkpoint) if path is None else _read_tokenizer(path)
+        own_eos = tokenizer.token_to_id(special_tokens(checkpoint).get("eos_token", ""))
+        return cls(tokenizer, ChatTemplate.open(checkpoint), eos_token_ids(lineage, checkpoint, own_eos))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of `text`, with the special tokens that the tokenizer itself puts around it.
@@ -60,9 +61,7 @@ class HuggingFaceProcessor:
         if not self._vocabulary.is_exact:
             return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
         token_bytes = self._text_bytes if skip_special_tokens else self._bytes
-        text = b"".join(map(token_bytes, token_ids)).decode("utf-8", "replace")
-        num_spaces = len(text) - len(text.lstrip(" "))
-        return text[min(num_spaces, self._vocabulary.num_stripped) :]
+        return decode_bytes(map(token_bytes, token_ids), self._vocabulary.num_stripped)
 
     def stream(self) -> TokenStream:
         """Return a fresh detokenizer, which skips special tokens."""
@@ -83,7 +82,7 @@ class HuggingFaceProcessor:
 
     def parser(self, *, tools: Sequence[Mapping[str, Any]] | None = None) -> ResponseParser:
         """Return a parser that takes all text for content."""
-        return _ContentParser()
+        return ContentParser()
 
     def token_bytes(self) -> Sequence[bytes | None]:
         """Return the bytes of each token id, `None` for special tokens and ids without a token."""
@@ -102,20 +101,8 @@ class HuggingFaceProcessor:
         return b"" if token is None else self._vocabulary.to_bytes(token)
 
 
-class _ContentParser:
-    def put(self, text: str) -> ParsedText:
-        """Return `text` as content."""
-        return ParsedText(content=text)
-
-
-def _eos_token_ids(
-    lineage: Sequence[Config | DecoderConfig], checkpoint: Checkpoint, tokenizer: Tokenizer
-) -> frozenset[int]:
-    """Take the first that says: `generation_config.json`, a config of the lineage, the tokenizer's own config."""
-    configs = [config for config in lineage if isinstance(config, Mapping)]
-    for config in (read_json(checkpoint, "generation_config.json"), *configs):
-        value = config.get("eos_token_id")
-        if value is not None:
-            return frozenset(value) if isinstance(value, Sequence) else frozenset([value])
-    token_id = tokenizer.token_to_id(special_tokens(checkpoint).get("eos_token", ""))
-    return frozenset() if token_id is None else frozenset([token_id])
+def _read_tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as err:  # tokenizers raises nothing narrower
+        raise CheckpointError(f"{path} is not a tokenizer: {err}; download it again") from err

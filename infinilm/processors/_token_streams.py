@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 _MAX_UNDECIDED_TOKENS = 8
+
+
+def decode_bytes(pieces: Iterable[bytes], num_stripped: int) -> str:
+    """Return the text that a `ByteStream` of the same tokens makes, and half a character at the end as U+FFFD."""
+    text = b"".join(pieces).decode("utf-8", "replace")
+    num_spaces = len(text) - len(text.lstrip(" "))
+    return text[min(num_spaces, num_stripped) :]
 
 
 class ByteStream:

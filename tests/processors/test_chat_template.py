@@ -75,6 +75,17 @@ def test_named_templates(folder):
         processor.render_chat([])
 
 
+def test_a_template_for_tools_lies_in_a_folder_of_its_own(folder):
+    checkpoint = folder()
+    (checkpoint.path / "chat_template.jinja").write_text("plain {{ tools | length if tools else 0 }}")
+    (checkpoint.path / "additional_chat_templates").mkdir()
+    (checkpoint.path / "additional_chat_templates" / "tool_use.jinja").write_text("with {{ tools | length }}")
+    oracle = AutoTokenizer.from_pretrained(checkpoint.path)
+    for tools, expected in (None, "plain 0"), (TOOLS, "with 1"):
+        assert oracle.apply_chat_template(MESSAGES, tools=tools, tokenize=False) == expected
+        assert select_processor([], checkpoint).render_chat(MESSAGES, tools=tools) == expected
+
+
 def test_special_tokens_come_from_either_file(folder):
     checkpoint = folder(chat_template="{{ bos_token }}{{ eos_token }}{{ pad_token }}", eos_token=None)
     special = {"bos_token": "<other>", "eos_token": {"content": "</s>"}, "pad_token": "<pad>"}
