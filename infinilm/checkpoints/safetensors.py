@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import product
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from infinilm.checkpoints._folder import file_inside, read_json_object, read_shard_index
+from infinilm.checkpoints._folder import file_inside, json_kind, read_json_object, read_shard_index
 from infinilm_hookspecs import CheckpointError, Config, Quantization, StoredTensor, hookimpl
 from infinilm_hookspecs.dtypes import ITEM_SIZES
 
@@ -27,7 +28,9 @@ _DTYPES = {
     "U8": "uint8",
     "I8": "int8",
     "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
     "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "F8_E8M0": "float8_e8m0fnu",
     "U16": "uint16",
     "I16": "int16",
@@ -42,6 +45,7 @@ _DTYPES = {
     "C64": "complex64",
 }
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_MAX_DIMENSIONS = 64  # NumPy's limit
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -84,7 +88,9 @@ class SafetensorsCheckpoint:
         assert stored.extent is not None
         path, start, _ = stored.extent
         item = ITEM_SIZES[stored.dtype]
-        buffer: memoryview = out.reshape(-1).view(torch.uint8).numpy().data
+        assert out.dtype == getattr(torch, stored.dtype)
+        assert tuple(out.shape) == tuple(s.stop - s.start for s in region)
+        buffer: memoryview = out.view(-1).view(torch.uint8).numpy().data
         done = 0
         for offset, length in contiguous_runs(stored.shape, region):
             chunk = buffer[done : done + length * item]
@@ -104,17 +110,21 @@ class SafetensorsCheckpoint:
 
     def _open_file(self, path: Path) -> dict[str, StoredTensor]:
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            if path not in self._descriptors:
+                self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return read_header(path, self._descriptors[path])
         except OSError as err:
-            raise CheckpointError(f"{str(path)!r} cannot be opened: {err.strerror}") from err
-        self._descriptors[path] = descriptor
-        return read_header(path, descriptor)
+            raise CheckpointError(f"{str(path)!r} cannot be read: {err.strerror}") from err
 
     def _open_shards(self, weight_map: Mapping[str, str]) -> dict[str, StoredTensor]:
         tensors: dict[str, StoredTensor] = {}
         problems: list[str] = []
         for file in sorted(set(weight_map.values())):
-            for name, stored in self._open_file(file_inside(self.folder, file)).items():
+            path = file_inside(self.folder, file)
+            if not path.is_file():
+                what = "is no file" if path.exists() else "is missing"
+                raise CheckpointError(f"{str(path)!r} {what}, and {_INDEX} names it; is the download complete?")
+            for name, stored in self._open_file(path).items():
                 if name in tensors:
                     other = tensors[name].extent
                     problems.append(f"{name!r} lies in {file} and in {other[0].name if other else '?'}")
@@ -132,17 +142,22 @@ class SafetensorsCheckpoint:
         return tensors
 
     def _read_exactly(self, path: Path, offset: int, buffer: memoryview, name: str) -> None:
+        def failed(what: str) -> CheckpointError:
+            return CheckpointError(f"{str(path)!r}, tensor {name!r} at offset {offset}: {what}")
+
+        descriptor = self._descriptors.get(path)
+        if descriptor is None:
+            raise failed("the checkpoint is closed")
         done = 0
-        where = f"{str(path)!r}, tensor {name!r} at offset {offset}"
         while done < len(buffer):
             try:
-                count = os.preadv(self._descriptors[path], [buffer[done:]], offset + done)
+                count = os.preadv(descriptor, [buffer[done:]], offset + done)
             except OSError as err:
-                raise CheckpointError(
-                    f"{str(path)!r}, tensor {name!r}, offset {offset + done}: {err.strerror}"
-                ) from err
+                raise failed(f"{err.strerror}, {done} of {len(buffer)} bytes read") from err
             if count == 0:
-                raise CheckpointError(f"{where}: the file is too short, wanted {len(buffer)} bytes, got {done}")
+                raise failed(
+                    f"the file is too short, wanted {len(buffer)} bytes, got {done}; was it changed while it was read?"
+                )
             done += count
 
 
@@ -175,11 +190,14 @@ def read_header(path: Path, descriptor: int) -> dict[str, StoredTensor]:
     if not 2 <= length <= min(_MAX_HEADER_BYTES, file_size - 8):
         raise wrong(f"its header claims {length} bytes, in a file of {file_size}")
     try:
-        header = json.loads(os.pread(descriptor, length, 8), object_pairs_hook=_reject_duplicates)
+        text = os.pread(descriptor, length, 8).decode("utf-8")
+        header = json.loads(text, object_pairs_hook=_reject_duplicates)
+    except CheckpointError as err:
+        raise wrong(f"its header {err}") from err
     except (ValueError, RecursionError) as err:
         raise wrong(f"its header is no JSON: {err}") from err
     if not isinstance(header, dict):
-        raise wrong(f"its header is a JSON {type(header).__name__}, and an object is wanted")
+        raise wrong(f"its header is a JSON {json_kind(header)}, and an object is wanted")
     header.pop("__metadata__", None)
     tensors: dict[str, StoredTensor] = {}
     spans: list[tuple[int, int, str]] = []
@@ -187,24 +205,27 @@ def read_header(path: Path, descriptor: int) -> dict[str, StoredTensor]:
         try:
             dtype, shape, begin, end = _read_entry(entry)
         except CheckpointError as err:
-            raise wrong(f"tensor {name!r} {err}") from err
+            raise wrong(f"tensor {name!r:.200} {err}") from err
         tensors[name] = StoredTensor(shape, dtype, (path, 8 + length + begin, end - begin))
         spans.append((begin, end, name))
     at = 0
     for begin, end, name in sorted(spans):
         if begin != at:
-            raise wrong(f"tensor {name!r} begins at {begin}, and the one before ends at {at}")
+            raise wrong(f"tensor {name!r:.200} begins at {begin}, and the one before ends at {at}")
         at = end
-    if 8 + length + at != file_size:
-        raise wrong(f"its tensors end at byte {8 + length + at}, and the file at {file_size}; is it truncated?")
+    at += 8 + length
+    if file_size < at:
+        raise wrong(f"its tensors end at byte {at}, and the file at {file_size}: it is truncated; download it again")
+    if file_size > at:
+        raise wrong(f"{file_size - at} bytes follow its last tensor")
     return tensors
 
 
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the name {next(n for n in names if names.count(n) > 1)!r} appears twice")
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise CheckpointError(f"has the name {name!r:.200} twice")
     return found
 
 
@@ -214,8 +235,8 @@ def _read_entry(entry: object) -> tuple[str, tuple[int, ...], int, int]:
         raise CheckpointError(f"is described by {entry!r:.80}, and dtype, shape and data_offsets are wanted")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise CheckpointError(f"has the dtype {dtype!r}; known: {', '.join(_DTYPES)}")
-    if not _are_sizes(shape):
+        raise CheckpointError(f"has the dtype {dtype!r:.80}; known: {', '.join(_DTYPES)}")
+    if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS:
         raise CheckpointError(f"has the shape {shape!r:.80}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"has the data_offsets {offsets!r:.80}")
@@ -226,4 +247,4 @@ def _read_entry(entry: object) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def _are_sizes(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)

@@ -1,0 +1,51 @@
+"""Checkpoints in several files: what an index says lies where, held against what does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from infinilm.checkpoints._folder import file_inside
+from infinilm_hookspecs import CheckpointError
+
+T = TypeVar("T")
+
+_MAX_SHOWN = 5
+
+
+def read_shards(
+    folder: Path, index: str, weight_map: Mapping[str, str], open_file: Callable[[Path], Mapping[str, T]]
+) -> dict[str, T]:
+    """Return the tensors of all files that `weight_map`, from the file `index`, names.
+
+    Raises `CheckpointError` for a file that is missing or leads out of the folder, for a tensor in two files, and for
+    every tensor that the index and the files disagree on.
+    """
+    tensors: dict[str, T] = {}
+    lies_in: dict[str, str] = {}
+    problems: list[str] = []
+    for file in sorted(set(weight_map.values())):
+        path = file_inside(folder, file)
+        if not path.is_file():
+            what = "is no file" if path.exists() else "is missing"
+            raise CheckpointError(f"{str(path)!r} {what}, and {index} names it; is the download complete?")
+        for name, tensor in open_file(path).items():
+            if name in tensors:
+                problems.append(f"{name!r} lies in {file} and in {lies_in[name]}")
+            elif name not in weight_map:
+                problems.append(f"{name!r} lies in {file}, and the index does not name it")
+            elif weight_map[name] != file:
+                problems.append(f"{name!r} lies in {file}, and the index says {weight_map[name]}")
+            tensors[name] = tensor
+            lies_in[name] = file
+    problems += [
+        f"{name!r} is not in {file}, where the index says it is"
+        for name, file in weight_map.items()
+        if name not in tensors
+    ]
+    if problems:
+        shown = "; ".join(problems[:_MAX_SHOWN])
+        more = f"; and {len(problems) - _MAX_SHOWN} more" if len(problems) > _MAX_SHOWN else ""
+        raise CheckpointError(f"{index} and the shards of {str(folder)!r} disagree: {shown}{more}")
+    return tensors
