@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from infinilm import pipeline, progress
 from infinilm.engine.engine import Engine
 from infinilm.engine.sizing import size_cache
 from infinilm.generation_config import default_sampling_params, eos_token_ids, read_generation_config
+from infinilm.loading import export
 from infinilm.loading.execute import load
+from infinilm.loading.plan import PlannedParameter
 from infinilm.outputs import RequestOutput
 from infinilm.plugins import PluginManager, create_plugin_manager, trace_lineage
+from infinilm.plugins.model_spec import thaw
 from infinilm.sampling_params import SamplingParams
-from infinilm_hookspecs import Backend, Processor, RequestError
+from infinilm_hookspecs import Backend, PlanError, Processor, RequestError, StoredTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Prompt = str | Mapping[str, Any]
 """Text, `{"prompt": text}` or `{"prompt_token_ids": [...]}`."""
@@ -64,7 +71,8 @@ class LLM:
             raise RequestError(f"max_model_len={max_model_len!r} is not allowed; it takes a number of tokens, or None")
         self.plugin_manager = pm = plugin_manager or create_plugin_manager(plugins=plugins)
         self.platform = pipeline.select_platform(pm, platform)
-        self.checkpoint = pipeline.open_checkpoint(pm, str(model), revision)
+        self._source = (str(model), revision)
+        self.checkpoint = pipeline.open_checkpoint(pm, *self._source)
         with closing(self.checkpoint.value) as checkpoint:
             self.lineage = trace_lineage(pm, checkpoint.config, trust_remote_code=trust_remote_code)
             request = pipeline.make_request(
@@ -170,6 +178,46 @@ class LLM:
             token_ids = processor.encode(text, add_special_tokens=False)
             prompts.append({"prompt": text, "prompt_token_ids": token_ids})
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def export(self, path: str | Path, *, original: bool = False, reuse: str | Path | None = None) -> None:
+        """Write the model to the folder `path`, which must not exist or be empty.
+
+        A standard Hugging Face folder of the last raw config of the lineage: config, safetensors, tokenizer. With
+        `original`, the layout of the checkpoint the model came from, bit for bit; dropped tensors are copied from the
+        checkpoint `reuse`. Raises `PlanError` with every reason why that cannot be done.
+        """
+        with ExitStack() as stack:
+            source = pipeline.open_checkpoint(self.plugin_manager, *self._source).value
+            stack.callback(source.close)
+            reused = None
+            if reuse is not None:
+                reused = pipeline.open_checkpoint(self.plugin_manager, str(reuse)).value
+                stack.callback(reused.close)
+            folder = stack.enter_context(export.folder_when_complete(Path(path)))
+            if original:
+                export.check_exact(self.plan, is_reusing=reused is not None)
+                tensors, plan, config = source.tensors, self.plan, source.config
+            else:
+                tensors, plan = pipeline.plan_standard_export(self.plugin_manager, source, self.lineage, self.choice)
+                config = self._standard_config(tensors)
+            restored = export.restore_tensors(plan.parameters, self._value_of, tensors, reused)
+            export.write_safetensors(restored, folder)
+            export.write_json(folder / "config.json", thaw(config))
+            export.copy_companions(source, folder)
+
+    def _standard_config(self, tensors: Mapping[str, StoredTensor]) -> Mapping[str, Any]:
+        """Return the last raw config, with what other readers would otherwise take from their family's defaults."""
+        defaults: dict[str, Any] = {"dtype": Counter(stored.dtype for stored in tensors.values()).most_common(1)[0][0]}
+        if self._text is not None and self._text.eos_token_ids:
+            eos = sorted(self._text.eos_token_ids)
+            defaults["eos_token_id"] = eos[0] if len(eos) == 1 else eos
+        return defaults | dict(self.lineage.last_raw())
+
+    def _value_of(self, parameter: PlannedParameter) -> Tensor:
+        """Return a parameter as the backend keeps it."""
+        if not getattr(self._backend, "keeps_parameters", False):
+            raise PlanError(f"the backend {self._backend.name!r} packs its parameters and cannot give them back")
+        return self._backend.destination(parameter.name).detach().cpu()
 
     def close(self) -> None:
         """Free the model. Safe to call twice."""

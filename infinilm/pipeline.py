@@ -12,6 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from infinilm import hub
 from infinilm.checkpoint_view import CheckpointView
 from infinilm.loading.plan import LoadPlan, plan_load
-from infinilm.loading.stages import Stage
+from infinilm.loading.stages import Stage, Walk
 from infinilm.plugins import Answer, Lineage, PluginManager
 from infinilm.plugins.checks import did_you_mean
 from infinilm.plugins.host import wrong_answer
@@ -35,7 +36,9 @@ from infinilm_hookspecs import (
     Platform,
     PluginError,
     Processor,
+    StoredTensor,
     UnavailableError,
+    Weight,
 )
 from infinilm_hookspecs.state_dicts import RuleChain, StateDictRule
 
@@ -255,32 +258,54 @@ def _no_backend(pm: PluginManager, request: BackendRequest, declined: Sequence[D
 # ---------------------------------------------------------------- weights
 
 
-def collect_stages(pm: PluginManager, lineage: Lineage, backend: Backend, backend_plugin: str) -> list[Stage]:
-    """Return the rules that weights pass on their way to `backend`, first to last, its own at the end."""
-    stages: list[Stage] = []
+def collect_stages(pm: PluginManager, lineage: Lineage, choice: BackendChoice) -> list[list[Stage]]:
+    """Return the rules that weights pass on their way to the backend: a list for every raw config, then its own.
+
+    A rule that ends the walk leaves the lists of later configs out.
+    """
+    groups: list[list[Stage]] = []
     answered: dict[str, set[str]] = {}
-    for config in lineage.stages(backend.config):
+    is_final = False
+    for config in lineage.stages(choice.backend.config):
+        if is_final:
+            break
         before = answered.setdefault(model_type_of(config), set())
         answer = pm.ask_first("remap_weight", exclude=before, config=config)
+        groups.append([])
         if answer is None:
             continue
         before.add(answer.plugin)
-        chain = answer.value if isinstance(answer.value, RuleChain) else RuleChain((answer.value,))
-        for rule in chain.rules:
+        given = answer.value if isinstance(answer.value, RuleChain) else RuleChain((answer.value,))
+        for rule in given.rules:
             if not callable(rule) and not isinstance(rule, Mapping | StateDictRule):
                 raise wrong_answer(pm, answer, "remap_weight", "a function of one Weight or a table")
-            stages.append(Stage(rule, answer.plugin))
-        if chain.is_final:
-            break
-    if backend.weight_rule is not None:
-        stages.append(Stage(backend.weight_rule, backend_plugin))
-    return stages
+            groups[-1].append(Stage(rule, answer.plugin))
+        is_final = given.is_final
+    own = choice.backend.weight_rule
+    return [*groups, [] if own is None else [Stage(own, choice.plugin)]]
 
 
 def make_plan(pm: PluginManager, checkpoint: Checkpoint, lineage: Lineage, choice: BackendChoice) -> LoadPlan:
     """Return the plan that fills the backend's parameters, with everything that is wrong with it."""
-    stages = collect_stages(pm, lineage, choice.backend, choice.plugin)
-    return plan_load(checkpoint.tensors, stages, choice.backend.parameters())
+    stages = chain.from_iterable(collect_stages(pm, lineage, choice))
+    return plan_load(checkpoint.tensors, list(stages), choice.backend.parameters())
+
+
+def plan_standard_export(
+    pm: PluginManager, checkpoint: Checkpoint, lineage: Lineage, choice: BackendChoice
+) -> tuple[Mapping[str, StoredTensor], LoadPlan]:
+    """Return the tensors of the last raw config of the lineage, and the plan from those to the backend's parameters."""
+    groups = collect_stages(pm, lineage, choice)
+    raw = len(lineage.stages(choice.backend.config))
+    first = (
+        raw - 1 if len(groups) == raw + 1 else len(groups) - 1
+    )  # where a rule ended the walk, its names are the last
+    walk = Walk({name: Weight.stored(name, stored.shape, stored.dtype) for name, stored in checkpoint.tensors.items()})
+    for stage in chain.from_iterable(groups[:first]):
+        walk.run(stage)
+    tensors = {name: StoredTensor(w.shape, w.dtype_name, None) for name, w in walk.weights.items()}
+    downstream = list(chain.from_iterable(groups[first:]))
+    return tensors, plan_load(tensors, downstream, choice.backend.parameters())
 
 
 # ---------------------------------------------------------------- processor

@@ -166,6 +166,9 @@ class Backend(Protocol):
 
     Loading: `parameters()`, then for each of them `destination(name)`, filled by the engine, and `loaded(name)` once;
     `finish_loading()` at the end. An update goes the same way again.
+
+    A backend that says `keeps_parameters = True` still has each value in `destination(name)` after the load, and can be
+    exported from.
     """
 
     name: str

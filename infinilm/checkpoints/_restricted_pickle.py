@@ -25,11 +25,13 @@ class Inert:
         self.arguments = arguments
         self.state: object = None
 
-    def field(self, name: str) -> Any:
-        """Return what the state has by this name. Raises `DamagedPickleError` where it has none."""
-        if not isinstance(self.state, dict) or name not in self.state:
+    def field(self, name: str, *default: object) -> Any:
+        """Return what the state has by this name, or `default`. Raises `DamagedPickleError` where there is neither."""
+        if isinstance(self.state, dict) and name in self.state:
+            return self.state[name]
+        if not default:
             raise DamagedPickleError(f"a {type(self).__name__} lacks {name!r}")
-        return self.state[name]
+        return default[0]
 
 
 class DamagedPickleError(ValueError):

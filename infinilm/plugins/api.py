@@ -11,7 +11,7 @@ from infinilm.plugins.host import PluginManager
 from infinilm.plugins.lineage import trace_lineage
 from infinilm.plugins.loading import create_plugin_manager, register_found
 from infinilm.plugins.model_spec import thaw
-from infinilm_hookspecs import DecoderConfig, InfinilmError, PluginError
+from infinilm_hookspecs import InfinilmError, PluginError
 
 
 def load_plugin(name_or_path: str) -> Any:
@@ -44,7 +44,5 @@ def load_plugins(*names_or_paths: str) -> list[Any]:
 
 def adapt_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Run the lineage of a config and return its last raw config: what the family it came to knows it as."""
-    lineage = trace_lineage(create_plugin_manager(), config)
-    raw = [step for step in lineage.configs if not isinstance(step, DecoderConfig)]
-    adapted: dict[str, Any] = thaw(raw[-1])
+    adapted: dict[str, Any] = thaw(trace_lineage(create_plugin_manager(), config).last_raw())
     return adapted

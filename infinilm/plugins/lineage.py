@@ -21,6 +21,10 @@ class Lineage:
     configs: tuple[Config | DecoderConfig, ...]
     plugins: tuple[str, ...]
 
+    def last_raw(self) -> Config:
+        """Return the last raw config: what the family the model came to knows it as."""
+        return [config for config in self.configs if not isinstance(config, DecoderConfig)][-1]
+
     def stages(self, taken: Config | DecoderConfig) -> list[Config]:
         """Return the raw configs whose rules weights pass on their way to a backend that took `taken`."""
         configs = self.configs[: next(i for i, config in enumerate(self.configs) if config is taken)]

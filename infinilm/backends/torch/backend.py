@@ -21,6 +21,7 @@ class TorchBackend:
 
     name = "torch"
     weight_rule = None
+    keeps_parameters = True
 
     def __init__(self, config: DecoderConfig, *, dtype: str, device: str, memory: Memory | None = None) -> None:
         self.config = config
