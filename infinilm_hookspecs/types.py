@@ -66,8 +66,8 @@ class Checkpoint(Protocol):
     def read(self, name: str, region: tuple[slice, ...], out: Tensor) -> None:
         """Fill `out`, contiguous on the CPU and of the stored dtype, with `region` of the tensor `name`.
 
-        `region` has one slice of step 1 per dimension, with start and stop given. Raises `CheckpointError` naming
-        file, tensor and offset when the bytes are not there.
+        `region` has one slice of step 1 per dimension, with start and stop given. May be called from several threads at
+        once. Raises `CheckpointError` naming file, tensor and offset when the bytes are not there.
         """
 
     def file(self, name: str) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from checkpoints_made import write_folder
 from torch import Tensor
 
 from infinilm.checkpoints.safetensors import SafetensorsCheckpoint
+from infinilm.loading import execute
 from infinilm.loading.execute import load
 from infinilm.loading.plan import LoadPlan, plan_load
 from infinilm.loading.stages import RuleNote, Stage
@@ -128,7 +130,7 @@ def test_stored_bytes_that_are_the_parameters_are_read_into_its_buffer(
 ) -> None:
     tensor = (torch.randn(shape) * 4).to(dtype)
     checkpoint, backend = load_into({"w": tensor}, {"w": tensor})
-    assert checkpoint.reads == [("w", backend.buffers["w"].data_ptr())]
+    assert checkpoint.reads == [("w", backend.buffers["w"].data_ptr())] * bool(tensor.numel())
 
 
 @pytest.mark.parametrize(
@@ -210,10 +212,63 @@ def test_a_buffer_may_be_a_parameter_that_takes_gradients() -> None:
 def test_backend_is_told_of_each_parameter_once_and_of_the_end_last() -> None:
     tensors = {name: torch.randn(2, 2) for name in "cab"}
     _, backend = load_into(tensors, tensors)
-    assert backend.calls == [
-        *(call for name in "cab" for call in (f"destination {name}", f"loaded {name}")),
-        "finish_loading",
-    ]
+    assert [call for call in backend.calls if call.startswith("destination")] == [f"destination {n}" for n in "cab"]
+    assert [call for call in backend.calls if call.startswith("loaded")] == [f"loaded {n}" for n in "cab"]
+    assert all(backend.calls.index(f"destination {n}") < backend.calls.index(f"loaded {n}") for n in "cab")
+    assert backend.calls.count("finish_loading") == 1
+    assert backend.calls[-1] == "finish_loading"
+
+
+def test_no_more_is_open_than_the_budget_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {f"t{i}": torch.randn(8, 4) for i in range(12)} | {"large": torch.randn(64, 4)}
+    monkeypatch.setattr(execute, "_BYTE_BUDGET", 3 * 128)
+    _, backend = load_into(tensors, tensors)
+    num_open, most = 0, 0
+    for call in backend.calls:
+        kind, _, name = call.partition(" ")
+        size = tensors[name].nbytes if name in tensors else 0
+        num_open += size if kind == "destination" else -size if kind == "loaded" else 0
+        if name != "large":
+            most = max(most, num_open)
+        elif kind == "destination":
+            assert num_open == size, "what is larger than the budget is open alone"
+    assert most == 3 * 128
+
+
+@pytest.mark.parametrize("max_bytes", [1, 100, 4096, 10**9])
+def test_chunks_of_any_size_give_the_same_bytes(max_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execute, "_BYTE_BUDGET", 2 * len(os.sched_getaffinity(0)) * max_bytes)
+    qkv, stacked = torch.randn(4 * 3 * 8, 16), torch.randn(3, 10, 6)
+    wanted = {
+        "q": qkv.view(4, 3, 8, 16)[:, 0].reshape(32, 16),
+        "kv": qkv.view(4, 3, 8, 16)[:, 1:].transpose(1, 2).reshape(64, 16).bfloat16(),
+        "flat": stacked.reshape(30, 6).t().contiguous(),
+    }
+
+    def split(w: Weight) -> list[Weight]:
+        heads = w.view(4, 3, 8, 16)
+        q, kv = heads[:, 0].reshape(32, 16), heads[:, 1:].transpose(1, 2).reshape(64, 16)
+        return [q.rename("q"), kv.rename("kv")]
+
+    checkpoint, backend = FakeCheckpoint({"qkv": qkv, "stacked": stacked}), FakeLoader.of(wanted)
+    rules = {"qkv": split, "stacked": lambda w: w.reshape(30, 6).t().rename("flat")}
+    run(plan_of(checkpoint, backend, rules), checkpoint, backend)
+    assert all(torch.equal(backend.buffers[name], wanted[name]) for name in wanted)
+
+
+def test_no_thread_is_left_whatever_happens() -> None:
+    class Interrupting(FakeCheckpoint):
+        def read(self, name: str, region: tuple[slice, ...], out: Tensor) -> None:
+            if name == "t7":
+                raise KeyboardInterrupt
+            super().read(name, region, out)
+
+    tensors = {f"t{i}": torch.randn(8, 4) for i in range(12)}
+    checkpoint, backend = Interrupting(tensors), FakeLoader.of(tensors)
+    with pytest.raises(KeyboardInterrupt):
+        run(plan_of(checkpoint, backend), checkpoint, backend)
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("infinilm-load")] == []
+    assert "finish_loading" not in backend.calls
 
 
 def test_progress_adds_up_to_the_bytes_of_the_plan() -> None:
@@ -222,7 +277,6 @@ def test_progress_adds_up_to_the_bytes_of_the_plan() -> None:
     plan = plan_of(checkpoint, backend)
     seen: list[int] = []
     run(plan, checkpoint, backend, progress=seen.append)
-    assert seen == [30, 28, 0]
     assert sum(seen) == plan.num_bytes
 
 
@@ -290,7 +344,8 @@ def test_exception_inside_apply_keeps_its_type_and_says_where_it_was() -> None:
     (note,) = caught.value.__notes__
     assert isinstance(note, RuleNote)
     assert note == "while loading x from b [plugin first]"
-    assert backend.calls == ["destination a", "loaded a", "destination x"]
+    assert "loaded a" in backend.calls
+    assert "loaded x" not in backend.calls
 
 
 def test_apply_that_does_not_keep_its_word_says_where_it_was() -> None:
@@ -323,7 +378,7 @@ def test_files_can_be_closed_whatever_was_raised(tmp_path: Path, is_short: bool)
     assert str(path) in open_files()
     checkpoint.close()
     assert str(path) not in open_files()
-    assert backend.calls == ["destination a", "loaded a", "destination b"]
+    assert "loaded b" not in backend.calls
 
 
 def open_files() -> list[str]:

@@ -1,0 +1,92 @@
+"""Cutting a load into chunks: pieces of one stored tensor each, of a few megabytes, that threads read independently.
+
+A chunk is a weight again, one more cut of the same layout, with the part of the buffer that it fills.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+
+from torch import Tensor
+
+from infinilm_hookspecs.dtypes import ITEM_SIZES
+from infinilm_hookspecs.layout import Axis, bounds
+from infinilm_hookspecs.strided import Piece, StridedTensor
+
+# Rows that lie at least so many bytes apart are read one by one rather than with all that is between them.
+_WORTH_A_READ = 32 * 1024
+_AMPLIFICATION = 1.1
+
+
+def cut_chunks(weight: StridedTensor, buffer: Tensor, max_bytes: int) -> Iterator[tuple[StridedTensor, Tensor]]:
+    """Yield `weight` and `buffer` in parts that read at most about `max_bytes` each, of stored tensors alone."""
+    for piece in weight.pieces:
+        box = piece.box(weight.shape)
+        shape = tuple(extent for _, extent in box)
+        if prod(shape) == 0:
+            continue
+        alone = Piece(piece.source, piece.offset, piece.layout(), piece.operations)
+        part = StridedTensor(weight.name, shape, weight.dtype_name, (alone,))
+        yield from _cut(part, buffer[tuple(slice(start, start + extent) for start, extent in box)], max_bytes)
+
+
+def _cut(weight: StridedTensor, buffer: Tensor, max_bytes: int) -> Iterator[tuple[StridedTensor, Tensor]]:
+    dim = _outermost(weight.pieces[0].layout())
+    rows = _rows_at_once(weight, dim, max_bytes)
+    if rows is None:
+        yield weight, buffer
+        return
+    for start in range(0, weight.shape[dim], rows):
+        extent = min(rows, weight.shape[dim] - start)
+        part = weight[(slice(None),) * dim + (slice(start, start + extent),)]
+        cut_buffer = buffer.narrow(dim, start, extent)
+        if len(part.pieces) > 1:  # the cut falls inside a row of the stored tensor
+            yield from cut_chunks(part, cut_buffer, max_bytes)
+        else:
+            yield from _cut(part, cut_buffer, max_bytes)
+
+
+def _outermost(axes: tuple[Axis, ...]) -> int:
+    """Return the dimension whose steps are the longest in the stored tensor."""
+    longest = [max((stride for size, stride in axis if size > 1), default=0) for axis in axes]
+    return longest.index(max(longest)) if longest else 0
+
+
+def _rows_at_once(weight: StridedTensor, dim: int, max_bytes: int) -> int | None:
+    """Return how many rows of `dim` to take at once, or `None` to take all."""
+    piece = weight.pieces[0]
+    if not weight.shape or weight.shape[dim] <= 1:
+        return None
+    item = ITEM_SIZES[piece.source.dtype]
+    (size, stride), *inner = (atom for atom in piece.layout()[dim] if atom[0] > 1)
+    num_read = read_volume(piece)
+    if num_read > _AMPLIFICATION * weight.num_elements and stride * item >= _WORTH_A_READ:
+        return weight.shape[dim] // size if inner else 1
+    if num_read * item <= max_bytes:
+        return None
+    return max(1, weight.shape[dim] * max_bytes // (num_read * item))
+
+
+def read_volume(piece: Piece) -> int:
+    """Return how many elements are read to get at a piece of a stored tensor."""
+    atoms = [atom for axis in piece.layout() for atom in axis]
+    return prod(s.stop - s.start for s in bounds(piece.source.shape, piece.offset, atoms).region)
+
+
+def in_place_region(weight: StridedTensor, buffer: Tensor) -> tuple[slice, ...] | None:
+    """Return the region of the stored tensor whose bytes, in order, are those of `buffer`, or `None` if none is."""
+    piece = weight.pieces[0]
+    if piece.operations or not buffer.is_contiguous() or buffer.device.type != "cpu":
+        return None
+    if str(buffer.dtype) != f"torch.{piece.source.dtype}":
+        return None
+    atoms = [atom for axis in piece.layout() for atom in axis]
+    region, offset, strides = bounds(piece.source.shape, piece.offset, atoms)
+    expected = 1
+    for (size, _), stride in zip(reversed(atoms), reversed(strides), strict=True):
+        if size > 1 and stride != expected:
+            return None
+        expected *= size
+    is_exact = offset == 0 and prod(s.stop - s.start for s in region) == weight.num_elements
+    return region if is_exact else None
