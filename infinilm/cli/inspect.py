@@ -9,11 +9,12 @@ import argparse
 import json
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 from typing import Any
 
 from infinilm import pipeline
 from infinilm.cli.errors import describe, is_users
-from infinilm.cli.options import ModelOptions, add_model_arguments
+from infinilm.cli.options import ModelOptions, add_model_arguments, positive_integer
 from infinilm.loading.messages import group_messages
 from infinilm.loading.plan import LoadPlan, PlannedParameter
 from infinilm.plugins import create_plugin_manager, trace_lineage
@@ -24,6 +25,9 @@ from infinilm_hookspecs import DecoderConfig, PlanError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add_model_arguments(parser)
+    parser.add_argument(
+        "--tensor-parallel-size", type=positive_integer, default=1, metavar="N", help="plan the load of N ranks"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -33,7 +37,9 @@ def run(arguments: Any) -> int:
     failure: Exception | None = None
     try:
         with ExitStack() as stack:
-            _walk(report, arguments.model, arguments.plugins, ModelOptions.of(arguments), stack)
+            plan = _walk(report, arguments.model, arguments.plugins, ModelOptions.of(arguments), stack)
+            if not plan.errors:
+                _plan_ranks(report, plan, arguments.tensor_parallel_size)
     except Exception as err:
         if not is_users(err):
             raise
@@ -58,14 +64,24 @@ def new_report(model: str) -> dict[str, Any]:
         "lineage": [],
         "backend": None,
         "plan": None,
+        "ranks": [],
         "processor": None,
         "errors": [],
     }
 
 
+def _plan_ranks(report: dict[str, Any], plan: LoadPlan, world_size: int) -> None:
+    from infinilm.loading.ranks import find_indivisible, report_rank
+
+    report["errors"] += group_messages(find_indivisible(plan, world_size))
+    if not report["errors"]:
+        ranks = [report_rank(plan, rank, world_size) for rank in range(world_size)]
+        report["ranks"] = [asdict(rank) | {"read_amplification": rank.amplification} for rank in ranks]
+
+
 def _walk(
     report: dict[str, Any], model: str, plugins: Iterable[object], options: ModelOptions, stack: ExitStack
-) -> None:
+) -> LoadPlan:
     pm = create_plugin_manager(plugins=plugins)
     platform = pipeline.select_platform(pm)
     report["platform"] = {"name": platform.value.name, "plugin": platform.plugin}
@@ -108,6 +124,7 @@ def _walk(
     processor = pipeline.select_processor(pm, lineage, checkpoint, options.tokenizer)
     if processor is not None:
         report["processor"] = {"name": type(processor.value).__name__, "plugin": processor.plugin}
+    return plan
 
 
 def _describe_plan(plan: LoadPlan, checkpoint_plugin: str) -> dict[str, Any]:
@@ -134,7 +151,7 @@ def _describe_parameter(parameter: PlannedParameter, checkpoint_plugin: str) -> 
 def render(report: dict[str, Any]) -> str:
     """Return the report for a terminal, layers that differ in their number alone on one line."""
     lines = [f"model       {report['model']}"]
-    for stage in ("platform", "checkpoint", "lineage", "backend", "processor", "plan"):
+    for stage in ("platform", "checkpoint", "lineage", "backend", "processor", "plan", "ranks"):
         lines += _RENDERERS[stage](report[stage]) if report[stage] else []
     if report["errors"]:
         lines += ["", "would not load:", *(f"  {error}" for error in report["errors"])]
@@ -174,6 +191,15 @@ def _render_plan(plan: dict[str, Any]) -> list[str]:
     return [total, *group_messages(rows), *group_messages(dropped)]
 
 
+def _render_ranks(ranks: list[dict[str, Any]]) -> list[str]:
+    return [
+        f"{'load' if rank['rank'] == 0 else '':<11} rank {rank['rank']} keeps {rank['num_bytes'] / 1e6:.1f} MB, reads "
+        f"{rank['read_bytes'] / 1e6:.1f} MB ({rank['read_amplification']:.2f} times what it needs), "
+        f"peak at most {rank['peak_bytes'] / 1e6:.1f} MB"
+        for rank in ranks
+    ]
+
+
 _RENDERERS: dict[str, Callable[[Any], list[str]]] = {
     "platform": lambda found: [_render_answer("platform", found)],
     "checkpoint": _render_checkpoint,
@@ -181,4 +207,5 @@ _RENDERERS: dict[str, Callable[[Any], list[str]]] = {
     "backend": _render_backend,
     "processor": lambda found: [_render_answer("processor", found)],
     "plan": _render_plan,
+    "ranks": _render_ranks,
 }

@@ -36,10 +36,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="PATH", help="take tokenizer and chat template from another folder")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the config name code to run (auto_map)")
     parser.add_argument("--dtype", default="auto", metavar="DTYPE", help="compute in bfloat16, float32, ...")
-    parser.add_argument("--max-model-len", type=_length, metavar="N", help="at most so many tokens a sequence")
+    parser.add_argument("--max-model-len", type=positive_integer, metavar="N", help="at most so many tokens a sequence")
 
 
-def _length(text: str) -> int:
+def positive_integer(text: str) -> int:
+    """Return a number that is given as text. Raises `argparse.ArgumentTypeError` for anything below 1."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens")
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
     return int(text)

@@ -27,7 +27,7 @@ from infinilm_hookspecs.strided import StridedTensor
 Progress = Callable[[int], object]
 """Called with the bytes that were loaded since the last call, in the dtypes the backend keeps them in."""
 
-_BYTE_BUDGET = 128 * 2**20  # in buffers that are open, and once more between storage and buffers
+BYTE_BUDGET = 128 * 2**20  # in buffers that are open, and once more between storage and buffers
 _MAX_THREADS = 8
 
 
@@ -75,7 +75,7 @@ class _Loader:
         self._progress = progress
         self._pool = pool
         # A chunk is there as it was read, and once more as it was converted.
-        self._chunk_bytes = _BYTE_BUDGET // (2 * num_threads)
+        self._chunk_bytes = BYTE_BUDGET // (2 * num_threads)
         self._steps = Steps(weight for parameter in plan.parameters for weight in (parameter.weight, *parameter.twins))
 
     def run(self) -> None:
@@ -84,7 +84,7 @@ class _Loader:
         num_open = 0
         for parameter in self._parameters:
             size = _num_bytes(parameter.weight, parameter.spec.dtype)
-            while waiting and num_open + size > _BYTE_BUDGET:
+            while waiting and num_open + size > BYTE_BUDGET:
                 num_open -= self._finish(waiting.popleft())
             waiting.append(self._open(parameter))
             num_open += size

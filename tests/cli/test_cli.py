@@ -117,7 +117,7 @@ def test_what_follows_two_dashes_is_no_option(run: Run) -> None:
         (["plugins", "list", "--jason"], "error: unknown option '--jason', did you mean '--json'?; see"),
         (["--jsn", "inspect", "m"], "infinilm: error: unknown option '--jsn', did you mean"),
         (["inspct", "m"], "infinilm: error: unknown command 'inspct', did you mean 'inspect'?; commands: generate, "),
-        (["zzz"], "infinilm: error: unknown command 'zzz'; commands: generate, inspect, plugins; see infinilm --help"),
+        (["zzz"], "infinilm: error: unknown command 'zzz'; commands: generate, inspect, export, plugins; see infinilm"),
         ([], "infinilm: error: the following arguments are required: COMMAND; see infinilm --help"),
         (["inspect"], "infinilm inspect: error: the following arguments are required: MODEL; see infinilm inspect"),
         (["plugins"], "infinilm plugins: error: the following arguments are required: ACTION; see infinilm plugins"),

@@ -221,7 +221,7 @@ def test_backend_is_told_of_each_parameter_once_and_of_the_end_last() -> None:
 
 def test_no_more_is_open_than_the_budget_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {f"t{i}": torch.randn(8, 4) for i in range(12)} | {"large": torch.randn(64, 4)}
-    monkeypatch.setattr(execute, "_BYTE_BUDGET", 3 * 128)
+    monkeypatch.setattr(execute, "BYTE_BUDGET", 3 * 128)
     _, backend = load_into(tensors, tensors)
     num_open, most = 0, 0
     for call in backend.calls:
@@ -237,7 +237,7 @@ def test_no_more_is_open_than_the_budget_allows(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("max_bytes", [1, 100, 4096, 10**9])
 def test_chunks_of_any_size_give_the_same_bytes(max_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execute, "_BYTE_BUDGET", 2 * len(os.sched_getaffinity(0)) * max_bytes)
+    monkeypatch.setattr(execute, "BYTE_BUDGET", 2 * len(os.sched_getaffinity(0)) * max_bytes)
     qkv, stacked = torch.randn(4 * 3 * 8, 16), torch.randn(3, 10, 6)
     wanted = {
         "q": qkv.view(4, 3, 8, 16)[:, 0].reshape(32, 16),

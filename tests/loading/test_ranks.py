@@ -1,0 +1,106 @@
+"""Planning every tensor-parallel rank: what it reads, counted against what reading really asks for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from infinilm.cli import main
+from infinilm.loading.chunks import cut_chunks
+from infinilm.loading.execute import BYTE_BUDGET
+from infinilm.loading.plan import LoadPlan, plan_load
+from infinilm.loading.ranks import find_indivisible, report_rank
+from infinilm.loading.stages import Stage
+from infinilm.loading.values import fill
+from infinilm_hookspecs import ParameterSpec, Shard, StoredTensor, Weight
+
+MODEL = Path(__file__).parent.parent.parent / "example_plugins" / "minimal" / "model"
+STORED = {
+    "qkv": torch.randn(64 + 32 + 32, 48),
+    "out": torch.randn(48, 64),
+    "neox": torch.randn(8 * 3 * 8, 4096),  # q, k and v of a head lie between each other, 128 KB apart
+    "norm": torch.randn(48),
+}
+
+
+def split(weight: Weight) -> list[Weight]:
+    return [part.rename(name) for name, part in zip("qkv", weight.split([64, 32, 32]), strict=True)]
+
+
+def by_head(weight: Weight) -> list[Weight]:
+    heads = weight.view(8, 3, 8, 4096)
+    return [heads[:, i].reshape(64, 4096).rename(f"neox_{name}") for i, name in enumerate("qkv")]
+
+
+@pytest.fixture
+def plan() -> LoadPlan:
+    parameters = {
+        "q": ParameterSpec((64, 48), "bfloat16", Shard(0, multiple=8)),
+        "k": ParameterSpec((32, 48), "bfloat16", Shard(0, multiple=8)),
+        "v": ParameterSpec((32, 48), "bfloat16", Shard(0, multiple=8)),
+        "out": ParameterSpec((48, 64), "bfloat16", Shard(1, multiple=8)),
+        **{f"neox_{name}": ParameterSpec((64, 4096), "bfloat16", Shard(0, multiple=8)) for name in "qkv"},
+        "norm": ParameterSpec((48,), "bfloat16"),
+    }
+    tensors = {name: StoredTensor(tuple(t.shape), "float32", None) for name, t in STORED.items()}
+    plan = plan_load(tensors, [Stage({"qkv": split, "neox": by_head}, "test")], parameters)
+    plan.check()
+    return plan
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_report_is_what_reading_asks_for(plan: LoadPlan, world_size: int) -> None:
+    for rank in range(world_size):
+        num_read = num_kept = 0
+
+        def read(name: str, region: tuple[slice, ...]) -> torch.Tensor:
+            nonlocal num_read
+            found = STORED[name][region].contiguous()
+            num_read += found.nbytes
+            return found
+
+        for parameter in plan.parameters:
+            weight, shard = parameter.weight, parameter.spec.shard
+            if shard is not None:
+                rows = weight.shape[shard.dim] // world_size
+                weight = weight.narrow(shard.dim, rank * rows, rows)
+            buffer = torch.empty(weight.shape, dtype=torch.bfloat16)
+            num_kept += buffer.nbytes
+            for part, target in cut_chunks(weight, buffer, BYTE_BUDGET):
+                fill(part, target, read)
+        report = report_rank(plan, rank, world_size)
+        assert (report.num_bytes, report.read_bytes) == (num_kept, num_read)
+        assert report.needed_bytes == 2 * num_kept
+        assert report.amplification == 1.0
+        assert report.peak_bytes == num_kept + 2 * BYTE_BUDGET
+
+
+def test_what_cannot_be_cut_is_named_with_the_unit(plan: LoadPlan) -> None:
+    assert find_indivisible(plan, 4) == []
+    assert find_indivisible(plan, 8) == [
+        f"{name}: 32 rows of dimension 0 cannot be cut for 8 ranks at multiples of 8" for name in "kv"
+    ]
+
+
+def test_fused_dimension_is_cut_in_each_segment() -> None:
+    spec = ParameterSpec((12, 4), "float32", Shard(0, segments=(8, 4)))
+    plan = plan_load({"fused": StoredTensor((12, 4), "float32", None)}, [], {"fused": spec})
+    assert find_indivisible(plan, 4) == []
+    assert find_indivisible(plan, 8) == ["fused: 4 rows of dimension 0 cannot be cut for 8 ranks at equal parts"]
+    assert report_rank(plan, 3, 4).needed_bytes == (2 + 1) * 4 * 4
+
+
+def test_inspect_prints_every_rank_and_refuses_what_cannot_be_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(MODEL), "--tensor-parallel-size", "2", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [rank["rank"] for rank in report["ranks"]] == [0, 1]
+    assert all(rank["read_bytes"] == rank["needed_bytes"] for rank in report["ranks"])
+    assert main(["inspect", str(MODEL), "--tensor-parallel-size", "4", "--json"]) == 2
+    report = json.loads(capsys.readouterr().out)
+    assert report["ranks"] == []
+    assert report["errors"][0].endswith("358 rows of dimension 0 cannot be cut for 4 ranks at equal parts")
+    assert main(["inspect", str(MODEL), "--tensor-parallel-size", "2"]) == 0
+    assert "rank 1 keeps " in capsys.readouterr().out
