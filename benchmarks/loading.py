@@ -1,0 +1,213 @@
+"""Loading against its peers, in alternation: `preadv` of the same file by as many threads, safetensors, transformers.
+
+    python benchmarks/loading.py [--runs N] [--gigabytes X] [--json PATH]
+
+Every measurement is a process of its own, so that peak memory is its own too; files are in the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+SETUP = """
+import os, resource, sys, time
+from pathlib import Path
+folder, num_threads = Path(sys.argv[1]), len(os.sched_getaffinity(0))
+path = folder / "model.safetensors"
+
+def rss():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+def report(seconds, before):
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(seconds, peak - before)
+"""
+
+PREADV = """
+import torch
+from concurrent.futures import ThreadPoolExecutor
+before, started = rss(), time.perf_counter()
+size, step = path.stat().st_size, 16 << 20
+descriptor, buffer = os.open(path, os.O_RDONLY), torch.empty(path.stat().st_size, dtype=torch.uint8).numpy().data
+
+def read(offset):
+    done, wanted = 0, min(step, size - offset)
+    while done < wanted:
+        done += os.preadv(descriptor, [buffer[offset + done : offset + wanted]], offset + done)
+
+with ThreadPoolExecutor(num_threads) as pool:
+    list(pool.map(read, range(0, size, step)))
+report(time.perf_counter() - started, before)
+"""
+
+SAFETENSORS = """
+import torch
+from safetensors.torch import load_file
+before, started = rss(), time.perf_counter()
+tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+report(time.perf_counter() - started, before)
+"""
+
+TRANSFORMERS = """
+import torch
+from transformers import AutoModelForCausalLM
+before, started = rss(), time.perf_counter()
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE)
+report(time.perf_counter() - started, before)
+"""
+
+INFINILM = """
+import torch
+from infinilm import pipeline
+from infinilm.backends.torch.backend import TorchBackend
+from infinilm.loading.execute import load
+from infinilm.plugins import create_plugin_manager, trace_lineage
+from infinilm_hookspecs import hookimpl
+
+class Idle:
+    @hookimpl
+    def adapt_config(self, config): ...
+    @hookimpl
+    def remap_weight(self, config): ...
+
+pm = create_plugin_manager(autoload=False)
+for index in range(NUM_PLUGINS):
+    pm.register(Idle(), f"idle{index}")
+before, started = rss(), time.perf_counter()
+checkpoint = pipeline.open_checkpoint(pm, str(folder)).value
+lineage = trace_lineage(pm, checkpoint.config)
+platform = pipeline.select_platform(pm).value
+request = pipeline.make_request(
+    lineage, checkpoint, platform, device="auto", dtype=DTYPE, max_model_len=None, max_num_seqs=1
+)
+choice = pipeline.choose_backend(pm, request)
+plan = pipeline.make_plan(pm, checkpoint, lineage, choice)
+load(plan, checkpoint, choice.backend)
+report(time.perf_counter() - started, before)
+"""
+
+
+def make_checkpoint(folder: Path, gigabytes: float) -> int:
+    """Write a random llama of about `gigabytes` in bfloat16, and return its bytes."""
+    import torch
+    from safetensors.torch import save_file
+
+    hidden, intermediate, vocab = 2048, 5632, 32000
+    per_layer = 2 * (2 * hidden * hidden + 2 * 512 * hidden + 3 * hidden * intermediate)
+    num_layers = max(1, round((gigabytes * 1e9 - 4 * vocab * hidden) / per_layer))
+    shapes = {"model.embed_tokens": (vocab, hidden), "lm_head": (vocab, hidden), "model.norm": (hidden,)}
+    for layer in range(num_layers):
+        shapes |= {
+            f"model.layers.{layer}.{name}": shape
+            for name, shape in {
+                "self_attn.q_proj": (hidden, hidden),
+                "self_attn.k_proj": (512, hidden),
+                "self_attn.v_proj": (512, hidden),
+                "self_attn.o_proj": (hidden, hidden),
+                "mlp.gate_proj": (intermediate, hidden),
+                "mlp.up_proj": (intermediate, hidden),
+                "mlp.down_proj": (hidden, intermediate),
+                "input_layernorm": (hidden,),
+                "post_attention_layernorm": (hidden,),
+            }.items()
+        }
+    tensors = {f"{name}.weight": torch.randn(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "model_type": "llama",
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def measure(code: str, folder: Path, **names: Any) -> tuple[float, int]:
+    """Run one measurement in a process of its own and return (seconds, bytes of memory above the start)."""
+    given = "\n".join(f"{name} = {value!r}" for name, value in names.items())
+    command = [sys.executable, "-c", f"{SETUP}\n{given}\n{code}", str(folder)]
+    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    seconds, memory = done.stdout.split()[-2:]
+    return float(seconds), int(memory)
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "preadv": (PREADV, {}),
+    "safetensors": (SAFETENSORS, {}),
+    "transformers": (TRANSFORMERS, {"DTYPE": "bfloat16"}),
+    "infinilm": (INFINILM, {"DTYPE": "bfloat16", "NUM_PLUGINS": 0}),
+    "infinilm, 20 plugins": (INFINILM, {"DTYPE": "bfloat16", "NUM_PLUGINS": 20}),
+    "transformers, to float32": (TRANSFORMERS, {"DTYPE": "float32"}),
+    "infinilm, to float32": (INFINILM, {"DTYPE": "float32", "NUM_PLUGINS": 0}),
+}
+
+
+def main() -> None:
+    """Measure, print a table, and write rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--gigabytes", type=float, default=1.0)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        num_bytes = make_checkpoint(Path(name), arguments.gigabytes)
+        found: dict[str, list[tuple[float, int]]] = {case: [] for case in CASES}
+        cases = list(CASES.items())
+        for round_number in range(arguments.runs):
+            # Every round begins with another case: what ran before leaves its mark on the page cache.
+            for at in range(len(cases)):
+                case, (code, names) = cases[(at + round_number) % len(cases)]
+                found[case].append(measure(code, Path(name), **names))
+    print(f"{num_bytes / 1e9:.2f} GB of bfloat16, medians of {arguments.runs}\n")
+    print(f"{'':<26}{'seconds':>9}{'GB/s':>8}{'memory / parameters':>22}")
+    seconds = {case: statistics.median(run[0] for run in runs) for case, runs in found.items()}
+    memory = {case: statistics.median(run[1] for run in runs) for case, runs in found.items()}
+    for case in CASES:
+        kept = num_bytes * (2 if case.endswith("float32") else 1)
+        print(f"{case:<26}{seconds[case]:>9.2f}{num_bytes / seconds[case] / 1e9:>8.2f}{memory[case] / kept:>22.2f}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows(found, seconds, memory, num_bytes), indent=2))
+
+
+def rows(
+    found: dict[str, list[tuple[float, int]]], seconds: dict[str, float], memory: dict[str, float], num_bytes: int
+) -> list[dict[str, Any]]:
+    """Return every judged figure; ratios are medians of pairs from the same round."""
+
+    def ratio(one: str, other: str) -> float:
+        return statistics.median(a[0] / b[0] for a, b in zip(found[one], found[other], strict=True))
+
+    def row(name: str, value: float, unit: str, target: float, peer: str, peer_value: float = 1.0) -> dict[str, Any]:
+        better = "higher" if "speed" in name else "lower"
+        figures = {"value": value, "unit": unit, "better": better, "target": target}
+        return {"name": name, **figures, "peer": peer, "peer_value": peer_value}
+
+    above = {case: memory[case] - num_bytes * (2 if case.endswith("float32") else 1) for case in memory}
+    return [
+        row("load speed over preadv", 1 / ratio("infinilm", "preadv"), "ratio", 0.9, "preadv"),
+        row("load time over transformers", ratio("infinilm", "transformers"), "ratio", 0.5, "transformers"),
+        row("load time with 20 plugins", ratio("infinilm, 20 plugins", "infinilm"), "ratio", 1.05, "no plugin"),
+        *(
+            row(f"peak above parameters, {case}", above[case] / 2**20, "MiB", 256.0, peer, above[peer] / 2**20)
+            for case, peer in (("infinilm", "transformers"), ("infinilm, to float32", "transformers, to float32"))
+        ),
+    ]
+
+
+if __name__ == "__main__":
+    main()
