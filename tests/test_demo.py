@@ -109,6 +109,43 @@ def spec() -> ModelSpec:
     return ModelSpec(model_type="abacus", backend_model_type="llama", config_adapter=adapter, weight_remapper=remap)
 
 
+def spec_of_callables() -> ModelSpec:
+    """The same model as data, by the other kinds: a callable adapter, then a table, then a rule of one weight."""
+    hand_written = HandWritten()
+
+    def adapt(config: dict[str, Any]) -> Mapping[str, Any]:
+        return hand_written.adapt_config(config) or {}
+
+    def split_gate_up(weight: Weight) -> Any:
+        if not weight.name.endswith(".gate_up"):
+            return None
+        gate, up = weight.chunk(2)
+        stem = weight.name.removesuffix("gate_up")
+        return [gate.rename(f"{stem}gate_proj.weight"), up.rename(f"{stem}up_proj.weight")]
+
+    def split_qkv(weight: Weight, i: int) -> list[Weight]:
+        names = [f"model.layers.{i}.self_attn.{letter}_proj.weight" for letter in "qkv"]
+        return [part.rename(name) for name, part in zip(names, weight.split([128, 64, 64]), strict=True)]
+
+    table = {
+        "tok.weight": "model.embed_tokens.weight",
+        "blocks.{i}.attn_norm.weight": "model.layers.{i}.input_layernorm.weight",
+        "blocks.{i}.attn.qkv.weight": split_qkv,
+        "blocks.{i}.attn.out.weight": "model.layers.{i}.self_attn.o_proj.weight",
+        "blocks.{i}.mlp_norm.weight": "model.layers.{i}.post_attention_layernorm.weight",
+        "blocks.{i}.mlp.gate_up.weight": "model.layers.{i}.mlp.gate_up",
+        "blocks.{i}.mlp.down.weight": "model.layers.{i}.mlp.down_proj.weight",
+        "final_norm.weight": "model.norm.weight",
+    }
+    return ModelSpec(
+        model_types=("abacus", "abacus-2"),
+        config_adapter=adapt,
+        weight_rules=(table, split_gate_up),
+        use_builtin_weight_remapper=False,
+        processor="huggingface",
+    )
+
+
 def registered(plugin: object) -> PluginManager:
     pm = create_plugin_manager(autoload=False)
     pm.register(plugin)
@@ -119,6 +156,7 @@ DOORS = {
     "hooks written by hand": lambda: registered(HandWritten()),
     "pm.register(module)": lambda: registered(import_file(Path(FILE))),
     "ModelSpec": lambda: registered(spec()),
+    "ModelSpec of callables and rules": lambda: registered(spec_of_callables()),
     "file": lambda: create_plugin_manager(plugins=[FILE], autoload=False),
     "entry point": lambda: create_plugin_manager(),
 }
