@@ -4,6 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+EXAMPLES := $(addprefix example_plugins/,minimal mistral_format gguf_format dcp_format)
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -13,10 +14,10 @@ demo: $(INSTALLED)
 	$(BIN)/python example_plugins/minimal/demo.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow" --ignore tests/docs
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" --ignore tests/docs
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -24,10 +25,10 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/docs
 
-$(INSTALLED): pyproject.toml constraints.txt example_plugins/minimal/pyproject.toml
+$(INSTALLED): pyproject.toml constraints.txt $(EXAMPLES:=/pyproject.toml)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, and $(PYTHON) is {sys.version}")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' --editable example_plugins/minimal
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' $(addprefix --editable ,$(EXAMPLES))
 	@touch $@
 
 clean:
