@@ -211,7 +211,10 @@ class LLM:
         if self._text is not None and self._text.eos_token_ids:
             eos = sorted(self._text.eos_token_ids)
             defaults["eos_token_id"] = eos[0] if len(eos) == 1 else eos
-        return defaults | dict(self.lineage.last_raw())
+        stated = dict(self.lineage.last_raw())
+        if self.checkpoint.value.quantization is not None:
+            stated.pop("quantization_config", None)  # what is written is dequantized
+        return defaults | stated
 
     def _value_of(self, parameter: PlannedParameter) -> Tensor:
         """Return a parameter as the backend keeps it."""

@@ -13,14 +13,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from infinilm import hub
 from infinilm.checkpoint_view import CheckpointView
+from infinilm.loading.dequantize import start_walk
 from infinilm.loading.plan import LoadPlan, plan_load
-from infinilm.loading.stages import Stage, Walk
+from infinilm.loading.stages import Stage
 from infinilm.plugins import Answer, Lineage, PluginManager
 from infinilm.plugins.checks import did_you_mean
 from infinilm.plugins.host import wrong_answer
@@ -38,7 +38,6 @@ from infinilm_hookspecs import (
     Processor,
     StoredTensor,
     UnavailableError,
-    Weight,
 )
 from infinilm_hookspecs.state_dicts import RuleChain, StateDictRule
 
@@ -159,8 +158,8 @@ def _stored_dtype(lineage: Lineage, checkpoint: Checkpoint) -> str:
         if isinstance(named, str) and named != "auto":
             return named.removeprefix("torch.")
     sizes = Counter[str]()
-    for stored in checkpoint.tensors.values():
-        sizes[stored.dtype] += prod(stored.shape)
+    for weight in start_walk(checkpoint.tensors, checkpoint.quantization).weights.values():
+        sizes[weight.dtype_name] += weight.numel()
     return sizes.most_common(1)[0][0] if sizes else "float32"
 
 
@@ -288,7 +287,7 @@ def collect_stages(pm: PluginManager, lineage: Lineage, choice: BackendChoice) -
 def make_plan(pm: PluginManager, checkpoint: Checkpoint, lineage: Lineage, choice: BackendChoice) -> LoadPlan:
     """Return the plan that fills the backend's parameters, with everything that is wrong with it."""
     stages = chain.from_iterable(collect_stages(pm, lineage, choice))
-    return plan_load(checkpoint.tensors, list(stages), choice.backend.parameters())
+    return plan_load(checkpoint.tensors, list(stages), choice.backend.parameters(), checkpoint.quantization)
 
 
 def plan_standard_export(
@@ -300,7 +299,7 @@ def plan_standard_export(
     first = (
         raw - 1 if len(groups) == raw + 1 else len(groups) - 1
     )  # where a rule ended the walk, its names are the last
-    walk = Walk({name: Weight.stored(name, stored.shape, stored.dtype) for name, stored in checkpoint.tensors.items()})
+    walk = start_walk(checkpoint.tensors, checkpoint.quantization)
     for stage in chain.from_iterable(groups[:first]):
         walk.run(stage)
     tensors = {name: StoredTensor(w.shape, w.dtype_name, None) for name, w in walk.weights.items()}

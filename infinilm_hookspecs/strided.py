@@ -24,15 +24,19 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="StridedTensor")
 
 Operation = tuple[str, Any]  # ("to", dtype name) | ("add", number) | ("mul", number)
+Region = tuple[slice, ...]  # one slice of step 1 per dimension, with start and stop
+Parts = Callable[[Region], tuple[Region, tuple[Region, ...]]]
 
 
 class Deferred:
     """A step that only the values can tell: `function` of the whole tensors `inputs`, and its inverse if it has one.
 
-    `constant` is the number that the result is everywhere, where it is known to be one.
+    `constant` is the number that the result is everywhere, where it is known to be one. With `parts` the step works
+    block by block: given a region of the result, it returns the region of whole blocks around it, and the region of
+    every input that `function` makes those blocks of. `loss` says in words what cannot be undone.
     """
 
-    __slots__ = ("constant", "function", "inputs", "inverse", "label")
+    __slots__ = ("constant", "function", "inputs", "inverse", "label", "loss", "parts")
 
     def __init__(
         self,
@@ -42,12 +46,16 @@ class Deferred:
         label: str,
         *,
         constant: float | None = None,
+        parts: Parts | None = None,
+        loss: str | None = None,
     ) -> None:
         self.inputs = inputs
         self.function = function
         self.inverse = inverse
         self.label = label
         self.constant = constant
+        self.parts = parts
+        self.loss = loss or (f"{label} without an inverse" if inverse is None else None)
 
 
 class Source:
@@ -321,8 +329,8 @@ class StridedTensor:
                     found[f"{kind} {value}"] = None
             if piece.source.deferred is not None:
                 found |= dict.fromkeys(loss for w in piece.source.deferred.inputs for loss in w.losses())
-                if piece.source.deferred.inverse is None:
-                    found[f"{piece.source.deferred.label} without an inverse"] = None
+                if piece.source.deferred.loss is not None:
+                    found[piece.source.deferred.loss] = None
         return tuple(found)
 
     def stored_sources(self) -> Iterator[Source]:

@@ -1,7 +1,7 @@
 """In-tree `open_checkpoint` plugins, one module each, and what plugins for other formats are built of."""
 
 from infinilm.checkpoints._derived_files import DerivedFiles
-from infinilm.checkpoints._files import OpenFiles
+from infinilm.checkpoints._files import OpenFiles, contiguous_runs
 from infinilm.checkpoints._folder import file_inside, read_json_object, read_shard_index
 from infinilm.checkpoints._restricted_pickle import Inert, load_restricted
 from infinilm.checkpoints._shards import read_shards
@@ -12,6 +12,7 @@ __all__ = [
     "DerivedFiles",
     "Inert",
     "OpenFiles",
+    "contiguous_runs",
     "file_inside",
     "load_restricted",
     "read_archive",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from infinilm.checkpoints._files import OpenFiles
 from infinilm.checkpoints._folder import file_inside, read_json_object, read_shard_index
+from infinilm.checkpoints._quantization import find_quantization
 from infinilm.checkpoints._shards import read_shards
 from infinilm.checkpoints._torch_archive import ArchivedTensor, read_archive
 from infinilm_hookspecs import CheckpointError, Config, Quantization, StoredTensor, hookimpl
@@ -36,7 +37,6 @@ def open_checkpoint(source: str) -> PytorchBinCheckpoint | None:
 class PytorchBinCheckpoint:
     """A folder with config.json and files of `torch.save`. Opening reads headers only, and runs nothing they hold."""
 
-    quantization: Quantization | None = None
     trust: Literal["data", "restricted"] = "restricted"
 
     def __init__(self, folder: Path) -> None:
@@ -52,6 +52,7 @@ class PytorchBinCheckpoint:
             self.close()
             raise
         self.tensors: Mapping[str, StoredTensor] = {n: archived.stored() for n, archived in self._archived.items()}
+        self.quantization: Quantization | None = find_quantization(self.config, self.tensors)
 
     def __repr__(self) -> str:
         return f"PytorchBinCheckpoint({str(self.folder)!r})"

@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from itertools import product
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from infinilm.checkpoints._files import OpenFiles
 from infinilm.checkpoints._folder import file_inside, json_kind, read_json_object, read_shard_index
+from infinilm.checkpoints._quantization import find_quantization
+from infinilm.checkpoints._shards import read_shards
 from infinilm_hookspecs import CheckpointError, Config, Quantization, StoredTensor, hookimpl
 from infinilm_hookspecs.dtypes import ITEM_SIZES
 
@@ -60,42 +62,29 @@ def open_checkpoint(source: str) -> SafetensorsCheckpoint | None:
 class SafetensorsCheckpoint:
     """A folder with config.json and safetensors files. Opening reads headers only."""
 
-    quantization: Quantization | None = None
     trust: Literal["data", "restricted"] = "data"
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config: Config = read_json_object(folder / "config.json")
         self.tensors: Mapping[str, StoredTensor] = {}
-        self._descriptors: dict[Path, int] = {}
+        self._files = OpenFiles()
         try:
             if (folder / _SINGLE).is_file():
                 self.tensors = self._open_file(folder / _SINGLE)
             else:
-                self.tensors = self._open_shards(read_shard_index(folder / _INDEX))
+                self.tensors = read_shards(folder, _INDEX, read_shard_index(folder / _INDEX), self._open_file)
         except BaseException:
             self.close()
             raise
+        self.quantization: Quantization | None = find_quantization(self.config, self.tensors)
 
     def __repr__(self) -> str:
         return f"SafetensorsCheckpoint({str(self.folder)!r})"
 
     def read(self, name: str, region: tuple[slice, ...], out: Tensor) -> None:
         """Fill `out` with `region` of the tensor `name`; see `infinilm_hookspecs.Checkpoint.read`."""
-        import torch
-
-        stored = self.tensors[name]
-        assert stored.extent is not None
-        path, start, _ = stored.extent
-        item = ITEM_SIZES[stored.dtype]
-        assert out.dtype == getattr(torch, stored.dtype)
-        assert tuple(out.shape) == tuple(s.stop - s.start for s in region)
-        buffer: memoryview = out.view(-1).view(torch.uint8).numpy().data
-        done = 0
-        for offset, length in contiguous_runs(stored.shape, region):
-            chunk = buffer[done : done + length * item]
-            self._read_exactly(path, start + offset * item, chunk, name)
-            done += len(chunk)
+        self._files.read_region(self.tensors[name], region, out, name)
 
     def file(self, name: str) -> Path | None:
         """Return the path of a file of the folder, or `None` when it has none of this name."""
@@ -104,74 +93,11 @@ class SafetensorsCheckpoint:
 
     def close(self) -> None:
         """Close every file."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        self._files.close()
 
     def _open_file(self, path: Path) -> dict[str, StoredTensor]:
-        try:
-            if path not in self._descriptors:
-                self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            return read_header(path, self._descriptors[path])
-        except OSError as err:
-            raise CheckpointError(f"{str(path)!r} cannot be read: {err.strerror}") from err
-
-    def _open_shards(self, weight_map: Mapping[str, str]) -> dict[str, StoredTensor]:
-        tensors: dict[str, StoredTensor] = {}
-        problems: list[str] = []
-        for file in sorted(set(weight_map.values())):
-            path = file_inside(self.folder, file)
-            if not path.is_file():
-                what = "is no file" if path.exists() else "is missing"
-                raise CheckpointError(f"{str(path)!r} {what}, and {_INDEX} names it; is the download complete?")
-            for name, stored in self._open_file(path).items():
-                if name in tensors:
-                    other = tensors[name].extent
-                    problems.append(f"{name!r} lies in {file} and in {other[0].name if other else '?'}")
-                elif name not in weight_map:
-                    problems.append(f"{name!r} lies in {file}, and the index does not name it")
-                elif weight_map[name] != file:
-                    problems.append(f"{name!r} lies in {file}, and the index says {weight_map[name]}")
-                tensors[name] = stored
-        problems += [
-            f"{n!r} is not in {weight_map[n]}, where the index says it is" for n in weight_map if n not in tensors
-        ]
-        if problems:
-            shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-            raise CheckpointError(f"{_INDEX} and the shards of {str(self.folder)!r} disagree: {shown}")
-        return tensors
-
-    def _read_exactly(self, path: Path, offset: int, buffer: memoryview, name: str) -> None:
-        def failed(what: str) -> CheckpointError:
-            return CheckpointError(f"{str(path)!r}, tensor {name!r} at offset {offset}: {what}")
-
-        descriptor = self._descriptors.get(path)
-        if descriptor is None:
-            raise failed("the checkpoint is closed")
-        done = 0
-        while done < len(buffer):
-            try:
-                count = os.preadv(descriptor, [buffer[done:]], offset + done)
-            except OSError as err:
-                raise failed(f"{err.strerror}, {done} of {len(buffer)} bytes read") from err
-            if count == 0:
-                raise failed(
-                    f"the file is too short, wanted {len(buffer)} bytes, got {done}; was it changed while it was read?"
-                )
-            done += count
-
-
-def contiguous_runs(shape: tuple[int, ...], region: tuple[slice, ...]) -> Iterator[tuple[int, int]]:
-    """Yield (offset, length) in elements of the runs that `region` of a row-major tensor consists of, in order."""
-    extents = [s.stop - s.start for s in region]
-    if prod(extents) == 0:
-        return
-    split = next((d for d in reversed(range(len(shape))) if extents[d] != shape[d]), 0)
-    strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
-    length = prod(extents[split:])
-    inside = sum(region[d].start * strides[d] for d in range(split, len(shape)))
-    for index in product(*(range(s.start, s.stop) for s in region[:split])):
-        yield inside + sum(i * stride for i, stride in zip(index, strides, strict=False)), length
+        self._files.open(path)
+        return read_header(path, self._files.descriptor(path))
 
 
 def read_header(path: Path, descriptor: int) -> dict[str, StoredTensor]:
@@ -181,17 +107,17 @@ def read_header(path: Path, descriptor: int) -> dict[str, StoredTensor]:
         return CheckpointError(f"{str(path)!r} is not a sound safetensors file: {what}")
 
     file_size = os.fstat(descriptor).st_size
-    head = os.pread(descriptor, 8, 0)
-    if os.pread(descriptor, 20, 0).startswith(b"version https://git-"):
+    head = _read(path, descriptor, 8, 0)
+    if _read(path, descriptor, 20, 0).startswith(b"version https://git-"):
         raise wrong("it is a git-lfs pointer; fetch the file itself with 'git lfs pull'")
     length = int.from_bytes(head, "little")
     if len(head) < 8:
         raise wrong(f"it has {file_size} bytes, and the length of the header takes 8")
     if not 2 <= length <= min(_MAX_HEADER_BYTES, file_size - 8):
         raise wrong(f"its header claims {length} bytes, in a file of {file_size}")
+    data = _read(path, descriptor, length, 8)
     try:
-        text = os.pread(descriptor, length, 8).decode("utf-8")
-        header = json.loads(text, object_pairs_hook=_reject_duplicates)
+        header = json.loads(data.decode("utf-8"), object_pairs_hook=_reject_duplicates)
     except CheckpointError as err:
         raise wrong(f"its header {err}") from err
     except (ValueError, RecursionError) as err:
@@ -219,6 +145,14 @@ def read_header(path: Path, descriptor: int) -> dict[str, StoredTensor]:
     if file_size > at:
         raise wrong(f"{file_size - at} bytes follow its last tensor")
     return tensors
+
+
+def _read(path: Path, descriptor: int, length: int, offset: int) -> bytes:
+    """Return `length` bytes of a file, or as many as there are."""
+    try:
+        return os.pread(descriptor, length, offset)
+    except OSError as err:
+        raise CheckpointError(f"{str(path)!r} cannot be read: {err.strerror}") from err
 
 
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

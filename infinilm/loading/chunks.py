@@ -20,7 +20,10 @@ _AMPLIFICATION = 1.1
 
 
 def cut_chunks(weight: StridedTensor, buffer: Tensor, max_bytes: int) -> Iterator[tuple[StridedTensor, Tensor]]:
-    """Yield `weight` and `buffer` in parts that read at most about `max_bytes` each, of stored tensors alone."""
+    """Yield `weight` and `buffer` in parts that read at most about `max_bytes` each.
+
+    Every source is a stored tensor, or a step that works on blocks of some.
+    """
     for piece in weight.pieces:
         box = piece.box(weight.shape)
         shape = tuple(extent for _, extent in box)
@@ -77,7 +80,9 @@ def read_volume(piece: Piece) -> int:
 def in_place_region(weight: StridedTensor, buffer: Tensor) -> tuple[slice, ...] | None:
     """Return the region of the stored tensor whose bytes, in order, are those of `buffer`, or `None` if none is."""
     piece = weight.pieces[0]
-    if piece.operations or not buffer.is_contiguous() or buffer.device.type != "cpu":
+    if piece.operations or piece.source.deferred is not None:
+        return None
+    if not buffer.is_contiguous() or buffer.device.type != "cpu":
         return None
     if str(buffer.dtype) != f"torch.{piece.source.dtype}":
         return None

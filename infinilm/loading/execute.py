@@ -157,7 +157,9 @@ class _Loader:
 
 
 def _has_steps(weight: Weight) -> bool:
-    return any(piece.source.deferred is not None for piece in weight.pieces)
+    """Return whether a weight comes from a step that needs whole tensors, not blocks of them."""
+    steps = (piece.source.deferred for piece in weight.pieces)
+    return any(step is not None and step.parts is None for step in steps)
 
 
 def _num_bytes(weight: Weight, dtype: str) -> int:

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from math import prod
 
 from infinilm.loading.coverage import Run, Usage
+from infinilm.loading.dequantize import start_walk
 from infinilm.loading.messages import group_messages
 from infinilm.loading.stages import Stage, Walk
-from infinilm_hookspecs import ParameterSpec, PlanError, Weight
+from infinilm_hookspecs import ParameterSpec, PlanError, Quantization, Weight
 from infinilm_hookspecs.dtypes import ITEM_SIZES, is_lossless
 from infinilm_hookspecs.strided import Piece, Source
 from infinilm_hookspecs.types import StoredTensor
@@ -70,21 +71,28 @@ class LoadPlan:
 
 
 def plan_load(
-    tensors: Mapping[str, StoredTensor], stages: Sequence[Stage], parameters: Mapping[str, ParameterSpec]
+    tensors: Mapping[str, StoredTensor],
+    stages: Sequence[Stage],
+    parameters: Mapping[str, ParameterSpec],
+    quantization: Quantization | None = None,
 ) -> LoadPlan:
     """Return the plan that fills `parameters` from `tensors` through the rules of `stages`, first to last.
 
-    Never raises for a misfit between them: what is wrong is in `LoadPlan.errors`. An exception inside a rule that is
-    not a `WeightError` propagates with a note naming the plugin and the weight.
+    Tensors that `quantization` says belong together are one weight to the rules, dequantized at load. Never raises for
+    a misfit between them: what is wrong is in `LoadPlan.errors`. An exception inside a rule that is not a `WeightError`
+    propagates with a note naming the plugin and the weight.
     """
     with _collector_paused():
-        return _plan(tensors, stages, parameters)
+        return _plan(tensors, stages, parameters, quantization)
 
 
 def _plan(
-    tensors: Mapping[str, StoredTensor], stages: Sequence[Stage], parameters: Mapping[str, ParameterSpec]
+    tensors: Mapping[str, StoredTensor],
+    stages: Sequence[Stage],
+    parameters: Mapping[str, ParameterSpec],
+    quantization: Quantization | None,
 ) -> LoadPlan:
-    walk = Walk({name: Weight.stored(name, stored.shape, stored.dtype) for name, stored in tensors.items()})
+    walk = start_walk(tensors, quantization)
     for stage in stages:
         walk.run(stage)
     ties = _ties(parameters)
@@ -222,13 +230,15 @@ class _Use:
 
     @property
     def is_plain(self) -> bool:
-        """Whether one weight takes everything as it is: true of most."""
-        return len(self.pieces) == 1 and not self.pieces_of_steps and self.pieces[0].axes is None
+        """Whether one weight, or one deferred step, takes everything as it is: true of most."""
+        pieces = self.pieces or self.pieces_of_steps
+        return len(self.pieces) + len(self.pieces_of_steps) == 1 and pieces[0].axes is None
 
     @property
     def is_accountable(self) -> bool:
         """Whether an element that is not used is one that was stored."""
-        return self.source.deferred is None or self.source.deferred.inverse is not None
+        deferred = self.source.deferred
+        return deferred is None or deferred.inverse is not None or deferred.parts is not None
 
     @property
     def stored_names(self) -> tuple[str, ...]:

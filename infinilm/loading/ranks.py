@@ -12,7 +12,8 @@ from infinilm.loading.execute import BYTE_BUDGET
 from infinilm.loading.plan import LoadPlan, PlannedParameter
 from infinilm_hookspecs import Shard
 from infinilm_hookspecs.dtypes import ITEM_SIZES
-from infinilm_hookspecs.strided import StridedTensor
+from infinilm_hookspecs.layout import bounds
+from infinilm_hookspecs.strided import Deferred, Piece, StridedTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +79,27 @@ def _rows(weight: StridedTensor, shard: Shard, start: int, extent: int) -> Strid
 
 
 def _reads(weight: StridedTensor) -> Iterator[tuple[int, int]]:
-    """Yield (bytes read, bytes needed) for every chunk of a weight; what is behind a deferred step is read whole."""
+    """Yield (bytes read, bytes needed) for every chunk of a weight; behind a step, what the step reads is needed."""
+    direct = []
     for piece in weight.pieces:
-        if piece.source.deferred is not None:
-            for tensor in piece.source.deferred.inputs:
-                yield from _reads(tensor)
-    stored = tuple(piece for piece in weight.pieces if piece.source.deferred is None)
-    alone = StridedTensor(weight.name, weight.shape, weight.dtype_name, stored)
+        step = piece.source.deferred
+        if step is None:
+            direct.append(piece)
+            continue
+        for tensor in _inputs(piece, step):
+            yield from ((used, used) for used, _ in _reads(tensor))
+    alone = StridedTensor(weight.name, weight.shape, weight.dtype_name, tuple(direct))
     for part, _ in cut_chunks(alone, torch.empty(weight.shape, device="meta"), BYTE_BUDGET):
         item = ITEM_SIZES[part.pieces[0].source.dtype]
         yield read_volume(part.pieces[0]) * item, part.num_elements * item
+
+
+def _inputs(piece: Piece, step: Deferred) -> Iterator[StridedTensor]:
+    """Yield what a step reads for a piece: whole tensors, or the blocks that the piece touches."""
+    if step.parts is None:
+        yield from step.inputs
+        return
+    atoms = [atom for axis in piece.layout() for atom in axis]
+    _, cuts = step.parts(bounds(piece.source.shape, piece.offset, atoms).region)
+    for tensor, cut in zip(step.inputs, cuts, strict=True):
+        yield tensor[cut]

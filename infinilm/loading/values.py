@@ -14,7 +14,7 @@ from torch import Tensor
 
 from infinilm_hookspecs import WeightError
 from infinilm_hookspecs.layout import Atom, Span, bounds
-from infinilm_hookspecs.strided import Deferred, Operation, Piece, Source, StridedTensor
+from infinilm_hookspecs.strided import Deferred, Operation, Piece, Region, Source, StridedTensor
 
 Reader = Callable[[str, tuple[slice, ...]], Tensor]
 
@@ -47,7 +47,7 @@ class Steps:
             source = piece.source
             if source.deferred is None:
                 continue
-            if id(source) not in self._uses:
+            if id(source) not in self._uses or source.deferred.parts is not None:
                 for tensor in source.deferred.inputs:
                     self._expect(tensor)
             self._uses[id(source)] += 1
@@ -85,21 +85,46 @@ def read_piece(piece: Piece, read: Reader, steps: Steps) -> Tensor:
     atoms = [atom for axis in piece.layout() for atom in axis]
     sizes = [size for size, _ in atoms]
     source = piece.source
-    if source.deferred is not None:
+    if source.deferred is not None and source.deferred.parts is None:
         whole = steps.result(source, source.deferred, read)
         return _strided(whole, sizes, [stride for _, stride in atoms], piece.offset)
     region, offset, strides = bounds(source.shape, piece.offset, atoms)
-    return _strided(read(source.name, region), sizes, strides, offset)
+    if source.deferred is None:
+        values = read(source.name, region)
+    else:
+        values = run_blocks(source, source.deferred, region, read, steps)
+    return _strided(values, sizes, strides, offset)
 
 
 def run_deferred(source: Source, deferred: Deferred, read: Reader, steps: Steps) -> Tensor:
     """Return the result of a deferred step. Raises `WeightError` where it is not what the rule declared."""
-    result = deferred.function(*(evaluate(tensor, read, steps) for tensor in deferred.inputs))
+    return _call(source, deferred, deferred.inputs, source.shape, read, steps)
+
+
+def run_blocks(source: Source, deferred: Deferred, region: Region, read: Reader, steps: Steps) -> Tensor:
+    """Return `region` of the result of a step that works block by block, contiguous; only its blocks are read."""
+    assert deferred.parts is not None
+    whole, cuts = deferred.parts(region)
+    inputs = [tensor[cut] for tensor, cut in zip(deferred.inputs, cuts, strict=True)]
+    result = _call(source, deferred, inputs, tuple(s.stop - s.start for s in whole), read, steps)
+    inside = tuple(slice(r.start - w.start, r.stop - w.start) for r, w in zip(region, whole, strict=True))
+    return result[inside].contiguous()
+
+
+def _call(
+    source: Source,
+    deferred: Deferred,
+    inputs: Sequence[StridedTensor],
+    shape: tuple[int, ...],
+    read: Reader,
+    steps: Steps,
+) -> Tensor:
+    result = deferred.function(*(evaluate(tensor, read, steps) for tensor in inputs))
     found = tuple(result.shape), str(result.dtype).removeprefix("torch.")
-    if found != (source.shape, source.dtype):
+    if found != (shape, source.dtype):
         raise WeightError(
             f"{deferred.label} of {source.name!r} returned {list(found[0])} {found[1]}, "
-            f"and its rule declared {list(source.shape)} {source.dtype}"
+            f"and its rule declared {list(shape)} {source.dtype}"
         )
     return result
 

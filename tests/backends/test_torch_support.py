@@ -101,7 +101,7 @@ PACKED = Quantization("gptq", (1, 128), {})
         ),
         (replace(CONFIG, final_norm=NormConfig(kind="group")), {}, "final norm: its norm is 'group'"),
         (replace(CONFIG, quantization=PACKED), {}, "quantized as 'gptq'"),
-        (CONFIG, {"checkpoint": SimpleNamespace(quantization=PACKED)}, "quantized as 'gptq'"),
+        (CONFIG, {"lineage": ({"quantization_config": {"quant_method": "hqq", "bits": 3}}, CONFIG)}, "'hqq'.*: bits 3"),
         (CONFIG, {"quantization": "int8"}, "quantization='int8' was asked for"),
         (CONFIG, {"world_size": 2}, "world_size is 2"),
         (CONFIG, {"dtype": "int4"}, "not in 'int4'"),

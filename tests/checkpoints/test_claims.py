@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from checkpoints_made import llama_tensors, write_llama
 from safetensors.torch import save_file
 
@@ -15,6 +15,8 @@ from infinilm.checkpoints.safetensors import SafetensorsCheckpoint
 from infinilm.pipeline import open_checkpoint
 from infinilm.plugins import PluginManager, create_plugin_manager
 from infinilm_hookspecs import PluginError, hookimpl
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # said of every save by one process
 
 
 class Other:
@@ -45,7 +47,7 @@ def both_layouts(tmp_path: Path) -> Path:
 @pytest.fixture
 def dcp_and_safetensors(tmp_path: Path) -> Iterator[Path]:
     """A folder that a training run left its own checkpoint in, beside the model in safetensors."""
-    torch.distributed.checkpoint.save(llama_tensors(), checkpoint_id=tmp_path, no_dist=True)
+    dcp.save(llama_tensors(), checkpoint_id=tmp_path, no_dist=True)
     return write_llama(tmp_path)
 
 

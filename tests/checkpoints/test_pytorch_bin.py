@@ -389,6 +389,7 @@ def test_closed_checkpoint(tmp_path: Path) -> None:
         read(checkpoint, "a")
 
 
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")  # of pickletools, about text that was damaged
 @given(data=st.data())
 @settings(max_examples=300, deadline=None)
 def test_damaged_file_is_refused_or_as_long_as_it_says(

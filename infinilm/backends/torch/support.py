@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 from infinilm_hookspecs import (
@@ -39,9 +39,9 @@ def _reasons(request: BackendRequest, config: DecoderConfig) -> Iterator[str]:
         yield f"the torch backend runs in one process, and world_size is {request.world_size}"
     if request.quantization is not None:
         yield f"the torch backend does not quantize, and quantization={request.quantization!r} was asked for"
-    for quantization in (config.quantization, request.checkpoint.quantization):
-        if quantization is not None:
-            yield f"the torch backend does not run weights quantized as {quantization.scheme!r}"
+    if config.quantization is not None:
+        yield f"the torch backend does not run weights quantized as {config.quantization.scheme!r}"
+    yield from _unknown_quantization(request)
     num_positions = config.embedding.num_positions
     if num_positions is not None and request.max_model_len > num_positions:
         yield (
@@ -54,6 +54,20 @@ def _reasons(request: BackendRequest, config: DecoderConfig) -> Iterator[str]:
         for reason in _layer_reasons(layer):
             yield f"the torch backend does not run layer {index}: {reason}"
     yield from (f"the torch backend does not know the final norm: {reason}" for reason in _norm(config.final_norm))
+
+
+def _unknown_quantization(request: BackendRequest) -> Iterator[str]:
+    """Say that weights are quantized in a way the checkpoint did not understand; what it did is dequantized at load."""
+    stated = next((c.get("quantization_config") for c in reversed(request.lineage) if isinstance(c, Mapping)), None)
+    if not stated or request.checkpoint.quantization is not None:
+        return
+    settings = dict(stated) if isinstance(stated, Mapping) else {"": stated}
+    method = settings.pop("quant_method", None)
+    shown = ", ".join(f"{key} {value!r}" for key, value in settings.items() if not isinstance(value, Mapping))
+    yield (
+        f"the torch backend does not run weights quantized as {method!r}, and no plugin knows how to dequantize this "
+        f"layout of it: {shown[:200] or 'nothing more is stated'}"
+    )
 
 
 def _layer_reasons(layer: LayerConfig) -> Iterator[str]:
