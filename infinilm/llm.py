@@ -195,7 +195,7 @@ class LLM:
                 stack.callback(reused.close)
             folder = stack.enter_context(export.folder_when_complete(Path(path)))
             if original:
-                export.check_exact(self.plan, is_reusing=reused is not None)
+                export.check_exact(self.plan, source.tensors, is_reusing=reused is not None)
                 tensors, plan, config = source.tensors, self.plan, source.config
             else:
                 tensors, plan = pipeline.plan_standard_export(self.plugin_manager, source, self.lineage, self.choice)

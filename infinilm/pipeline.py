@@ -104,7 +104,7 @@ def open_checkpoint(pm: PluginManager, model: str, revision: str | None = None) 
     answer = pm.ask_one("open_checkpoint", source=source)
     if answer is None:
         where = repr(model) if source == model else f"{model!r}, in {source!r}"
-        raise CheckpointError(f"no plugin opens {where}: {_what_lies_there(Path(source))}.{pm.failures()}")
+        raise CheckpointError(f"no plugin opens {where}: {_what_lies_there(pm, Path(source))}.{pm.failures()}")
     if not isinstance(answer.value, Checkpoint):
         raise wrong_answer(pm, answer, "open_checkpoint", "a Checkpoint")
     model_type = answer.value.config.get("model_type")
@@ -117,12 +117,13 @@ def open_checkpoint(pm: PluginManager, model: str, revision: str | None = None) 
     return answer
 
 
-def _what_lies_there(path: Path) -> str:
+def _what_lies_there(pm: PluginManager, path: Path) -> str:
     if not path.is_dir():
         return "it is no folder"
     names = sorted(entry.name for entry in path.iterdir())
     shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-    return f"it holds {shown}, and a model.safetensors or its index is wanted" if names else "the folder is empty"
+    formats = ", ".join(record.name for record in pm.records if "open_checkpoint" in record.hooks)
+    return f"it holds {shown}; formats known: {formats or 'none'}" if names else "the folder is empty"
 
 
 def _as_plugins_see(checkpoint: Checkpoint, lineage: Lineage) -> Checkpoint:

@@ -45,13 +45,16 @@ COMPANIONS = (
 _MAX_SHARD_BYTES = 5_000_000_000
 
 
-def check_exact(plan: LoadPlan, *, is_reusing: bool) -> None:
+def check_exact(plan: LoadPlan, tensors: Mapping[str, StoredTensor], *, is_reusing: bool) -> None:
     """Raise `PlanError` with every reason why `plan` cannot be run backwards bit for bit.
 
     `is_reusing` says that what was dropped is copied from elsewhere.
     """
     dropped = {} if is_reusing else plan.dropped
     reasons = [f"{name} was dropped by plugin {plugin}" for name, plugin in dropped.items()]
+    files = {stored.extent[0].name if stored.extent else None for stored in tensors.values()}
+    if not all(file is not None and file.endswith(".safetensors") for file in files):
+        reasons.append("the checkpoint is not in safetensors, which is all that is written")
     for parameter in plan.parameters:
         reasons += [f"{parameter.name} is not what was stored: {loss}" for loss in parameter.losses()]
     if reasons:

@@ -158,10 +158,9 @@ class PluginManager(pluggy.PluginManager):
         Raises `PluginError` naming the plugins when more than one claim remains.
         """
         claims = self.ask_all(hook, exclude=exclude, **arguments)
+        claims = [claim for claim in claims if self.record(claim.plugin).origin.is_users_word] or claims
         overridden = {name for claim in claims for name in getattr(self.get_plugin(claim.plugin), "overrides", ())}
         claims = [claim for claim in claims if claim.plugin not in overridden]
-        named = [claim for claim in claims if self.record(claim.plugin).origin.is_users_word]
-        claims = named or claims
         if len(claims) > 1:
             names = " and ".join(self.record(claim.plugin).describe() for claim in claims)
             given = ", ".join(repr(value) for value in arguments.values())

@@ -174,7 +174,7 @@ MODELS: Mapping[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda folder: None, "{folder!r} does not exist"),
     "an empty folder": (lambda folder: folder.mkdir(), "no plugin opens {folder!r}: the folder is empty"),
     "a file": (lambda folder: folder.write_text(""), "no plugin opens {folder!r}: it is no folder"),
-    "no weights": (without_weights, "no plugin opens {folder!r}: it holds config.json, and a model.safetensors or its"),
+    "no weights": (without_weights, "no plugin opens {folder!r}: it holds config.json; formats known: "),
     "no config": (lambda folder: (write_llama(folder) / "config.json").unlink(), "{folder!r} has no config.json"),
     "a list": (with_config("[1]"), "'{folder}/config.json' holds a JSON list, and an object is wanted"),
     "not JSON": (with_config("{"), "'{folder}/config.json' cannot be read as JSON: Expecting property name"),

@@ -205,6 +205,12 @@ def test_discovered_claim_beats_another_it_overrides(pm: PluginManager) -> None:
     assert pm.ask_one("open_checkpoint", source="/m") == Answer("better", "better_zip")
 
 
+def test_claim_the_user_named_beats_one_that_would_override_it(pm: PluginManager) -> None:
+    pm.register(opener("mine"), "mine")
+    discovered(pm, "better", opener("better", overrides=("mine",)))
+    assert pm.ask_one("open_checkpoint", source="/m") == Answer("mine", "mine")
+
+
 def test_cpu_is_the_platform_when_no_other_claims(pm: PluginManager) -> None:
     class Acme:
         @hookimpl
