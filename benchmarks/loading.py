@@ -95,6 +95,113 @@ report(time.perf_counter() - started, before)
 """
 
 
+PLAN_TRANSFORMERS = """
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+config = AutoConfig.from_pretrained(folder / "family")
+with torch.device("meta"):
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+tensors = {}
+for file in sorted(folder.glob("*.safetensors")):
+    tensors |= load_file(file)
+before, started = rss(), time.perf_counter()
+mapping = get_model_conversion_mapping(model, key_mapping={"^m[.]": "model.", "^head": "lm_head"})
+info, _ = convert_and_load_state_dict_in_model(model, tensors, LoadStateDictConfig(weight_mapping=mapping))
+assert not info.unexpected_keys, sorted(info.unexpected_keys)[:3]
+report(time.perf_counter() - started, before)
+"""
+
+PLAN_INFINILM = """
+from infinilm import pipeline
+from infinilm.backends.torch.backend import TorchBackend
+from infinilm.plugins import create_plugin_manager, trace_lineage
+from infinilm_hookspecs import hookimpl
+
+class Idle:
+    @hookimpl
+    def adapt_config(self, config): ...
+    @hookimpl
+    def remap_weight(self, config): ...
+
+class Foreign:
+    @hookimpl
+    def adapt_config(self, config):
+        return {**config, "model_type": "mixtral"} if config["model_type"] == "foreign" else None
+    @hookimpl
+    def remap_weight(self, config):
+        def rename(weight):
+            name = weight.name
+            return weight.rename("model." + name[2:] if name.startswith("m.") else "lm_head.weight")
+        return rename if config["model_type"] == "foreign" else None
+
+pm = create_plugin_manager(autoload=False)
+for index in range(9):
+    pm.register(Idle(), f"idle{index}")
+pm.register(Foreign(), "foreign")
+num_tensor_bytes = 0
+preadv = os.preadv
+
+def counting(descriptor, buffers, offset):
+    global num_tensor_bytes
+    num_tensor_bytes += sum(len(buffer) for buffer in buffers)
+    return preadv(descriptor, buffers, offset)
+
+os.preadv = counting
+before, started = rss(), time.perf_counter()
+checkpoint = pipeline.open_checkpoint(pm, str(folder)).value
+lineage = trace_lineage(pm, checkpoint.config)
+platform = pipeline.select_platform(pm).value
+request = pipeline.make_request(
+    lineage, checkpoint, platform, device="auto", dtype="auto", max_model_len=None, max_num_seqs=1
+)
+choice = pipeline.choose_backend(pm, request)
+plan = pipeline.make_plan(pm, checkpoint, lineage, choice)
+seconds = time.perf_counter() - started
+plan.check()
+assert len(checkpoint.tensors) == 100_836 and num_tensor_bytes == 0, num_tensor_bytes
+report(seconds, before)
+"""
+
+
+def make_many_tensors(folder: Path) -> None:
+    """Write 100,836 tiny tensors of a mixtral of 87 layers and 384 experts, by foreign names, in 64 files."""
+    import torch
+    from safetensors.torch import save_file
+
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
+    config = {"vocab_size": 8, "num_hidden_layers": 87, "num_local_experts": 384, "dtype": "bfloat16", **sizes}
+    square, norm = torch.zeros(8, 8, dtype=torch.bfloat16), torch.ones(8, dtype=torch.bfloat16)
+    tensors = {"m.embed_tokens.weight": square, "m.norm.weight": norm, "head.weight": square}
+    for layer in range(87):
+        prefix = f"m.layers.{layer}"
+        tensors |= {f"{prefix}.self_attn.{name}_proj.weight": square for name in "qkvo"}
+        tensors |= {f"{prefix}.{name}.weight": norm for name in ("input_layernorm", "post_attention_layernorm")}
+        tensors[f"{prefix}.block_sparse_moe.gate.weight"] = torch.zeros(384, 8, dtype=torch.bfloat16)
+        for expert in range(384):
+            for name in ("w1", "w2", "w3"):
+                tensors[f"{prefix}.block_sparse_moe.experts.{expert}.{name}.weight"] = square
+    weight_map: dict[str, str] = {}
+    names = list(tensors)
+    for number in range(64):
+        file, mine = f"model-{number + 1:05}-of-00064.safetensors", names[number::64]
+        save_file({name: tensors[name].clone() for name in mine}, folder / file)
+        weight_map |= dict.fromkeys(mine, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "foreign", **config}))
+    (folder / "family").mkdir()
+    (folder / "family" / "config.json").write_text(json.dumps({"model_type": "mixtral", **config}))
+
+
 def make_checkpoint(folder: Path, gigabytes: float) -> int:
     """Write a random llama of about `gigabytes` in bfloat16, and return its bytes."""
     import torch
@@ -173,6 +280,17 @@ def main() -> None:
             for at in range(len(cases)):
                 case, (code, names) = cases[(at + round_number) % len(cases)]
                 found[case].append(measure(code, Path(name), **names))
+    with tempfile.TemporaryDirectory() as name:
+        make_many_tensors(Path(name))
+        plans: dict[str, list[tuple[float, int]]] = {"infinilm": [], "transformers": []}
+        for _ in range(arguments.runs):
+            plans["infinilm"].append(measure(PLAN_INFINILM, Path(name)))
+            plans["transformers"].append(measure(PLAN_TRANSFORMERS, Path(name)))
+    planning = {case: statistics.median(run[0] for run in runs) for case, runs in plans.items()}
+    print("100,836 tensors in 64 files, each renamed twice: seconds to plan, headers included, no tensor byte read")
+    print(
+        f"infinilm {planning['infinilm']:.2f}, transformers' renaming and conversion {planning['transformers']:.2f}\n"
+    )
     print(f"{num_bytes / 1e9:.2f} GB of bfloat16, medians of {arguments.runs}\n")
     print(f"{'':<26}{'seconds':>9}{'GB/s':>8}{'memory / parameters':>22}")
     seconds = {case: statistics.median(run[0] for run in runs) for case, runs in found.items()}
@@ -181,21 +299,33 @@ def main() -> None:
         kept = num_bytes * (2 if case.endswith("float32") else 1)
         print(f"{case:<26}{seconds[case]:>9.2f}{num_bytes / seconds[case] / 1e9:>8.2f}{memory[case] / kept:>22.2f}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows(found, seconds, memory, num_bytes), indent=2))
+        figures = rows(found, memory, num_bytes) + plan_rows(plans, planning)
+        arguments.json.write_text(json.dumps(figures, indent=2))
 
 
-def rows(
-    found: dict[str, list[tuple[float, int]]], seconds: dict[str, float], memory: dict[str, float], num_bytes: int
-) -> list[dict[str, Any]]:
-    """Return every judged figure; ratios are medians of pairs from the same round."""
+def row(name: str, value: float, unit: str, target: float, peer: str, peer_value: float = 1.0) -> dict[str, Any]:
+    """Return one judged figure."""
+    better = "higher" if "speed" in name else "lower"
+    figures = {"value": value, "unit": unit, "better": better, "target": target}
+    return {"name": name, **figures, "peer": peer, "peer_value": peer_value}
+
+
+def plan_rows(plans: dict[str, list[tuple[float, int]]], planning: dict[str, float]) -> list[dict[str, Any]]:
+    """Return the judged figures of planning."""
+    pairs = zip(plans["infinilm"], plans["transformers"], strict=True)
+    ratio = statistics.median(ours[0] / theirs[0] for ours, theirs in pairs)
+    name = "time to plan 100,836 tensors"
+    return [
+        row(name, planning["infinilm"], "s", 1.0, "transformers", planning["transformers"]),
+        row(f"{name} over transformers", ratio, "ratio", 0.125, "transformers"),
+    ]
+
+
+def rows(found: dict[str, list[tuple[float, int]]], memory: dict[str, float], num_bytes: int) -> list[dict[str, Any]]:
+    """Return the judged figures of loading; ratios are medians of pairs from the same round."""
 
     def ratio(one: str, other: str) -> float:
         return statistics.median(a[0] / b[0] for a, b in zip(found[one], found[other], strict=True))
-
-    def row(name: str, value: float, unit: str, target: float, peer: str, peer_value: float = 1.0) -> dict[str, Any]:
-        better = "higher" if "speed" in name else "lower"
-        figures = {"value": value, "unit": unit, "better": better, "target": target}
-        return {"name": name, **figures, "peer": peer, "peer_value": peer_value}
 
     above = {case: memory[case] - num_bytes * (2 if case.endswith("float32") else 1) for case in memory}
     return [
