@@ -29,7 +29,7 @@ Progress = Callable[[int], object]
 
 BYTE_BUDGET = 128 * 2**20  # in buffers that are open, and once more between storage and buffers
 _MAX_THREADS = 8
-_MAX_CHUNK_BYTES = 8 * 2**20  # larger ones are no faster, and the allocator gives them back late
+CHUNK_BYTES = 8 * 2**20  # at most, of a chunk: larger ones are no faster, and the allocator gives them back late
 
 
 @dataclass(slots=True)
@@ -76,7 +76,7 @@ class _Loader:
         self._progress = progress
         self._pool = pool
         # A chunk is there as it was read, and once more as it was converted.
-        self._chunk_bytes = min(_MAX_CHUNK_BYTES, BYTE_BUDGET // (2 * num_threads))
+        self._chunk_bytes = min(CHUNK_BYTES, BYTE_BUDGET // (2 * num_threads))
         self._steps = Steps(weight for parameter in plan.parameters for weight in (parameter.weight, *parameter.twins))
 
     def run(self) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from infinilm.loading.chunks import cut_chunks, read_volume
-from infinilm.loading.execute import BYTE_BUDGET
+from infinilm.loading.execute import BYTE_BUDGET, CHUNK_BYTES
 from infinilm.loading.plan import LoadPlan, PlannedParameter
 from infinilm_hookspecs import Shard
 from infinilm_hookspecs.dtypes import ITEM_SIZES
@@ -79,19 +79,31 @@ def _rows(weight: StridedTensor, shard: Shard, start: int, extent: int) -> Strid
 
 
 def _reads(weight: StridedTensor) -> Iterator[tuple[int, int]]:
-    """Yield (bytes read, bytes needed) for every chunk of a weight; behind a step, what the step reads is needed."""
-    direct = []
+    """Yield (bytes read, bytes needed) for every piece of a weight.
+
+    Behind a step, what the step reads is needed: once, though chunks may read the blocks they share again.
+    """
     for piece in weight.pieces:
         step = piece.source.deferred
-        if step is None:
-            direct.append(piece)
+        if step is not None and step.parts is None:
+            read = _read_at_once(piece)
+            yield read, read
             continue
-        for tensor in _inputs(piece, step):
-            yield from ((used, used) for used, _ in _reads(tensor))
-    alone = StridedTensor(weight.name, weight.shape, weight.dtype_name, tuple(direct))
-    for part, _ in cut_chunks(alone, torch.empty(weight.shape, device="meta"), BYTE_BUDGET):
-        item = ITEM_SIZES[part.pieces[0].source.dtype]
-        yield read_volume(part.pieces[0]) * item, part.num_elements * item
+        alone = StridedTensor(weight.name, weight.shape, weight.dtype_name, (piece,))
+        chunks = [part for part, _ in cut_chunks(alone, torch.empty(weight.shape, device="meta"), CHUNK_BYTES)]
+        read = sum(_read_at_once(part.pieces[0]) for part in chunks)
+        if step is None:
+            yield read, sum(part.num_elements for part in chunks) * ITEM_SIZES[piece.source.dtype]
+        elif chunks:
+            yield read, min(read, _read_at_once(piece))
+
+
+def _read_at_once(piece: Piece) -> int:
+    """Return the bytes that are read to get at a piece, through the steps it comes from."""
+    step = piece.source.deferred
+    if step is None:
+        return read_volume(piece) * ITEM_SIZES[piece.source.dtype]
+    return sum(_read_at_once(inner) for tensor in _inputs(piece, step) for inner in tensor.pieces)
 
 
 def _inputs(piece: Piece, step: Deferred) -> Iterator[StridedTensor]:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
 from infinilm.cli import main
+from infinilm.loading import ranks
 from infinilm.loading.chunks import cut_chunks
-from infinilm.loading.execute import BYTE_BUDGET
+from infinilm.loading.execute import BYTE_BUDGET, CHUNK_BYTES
 from infinilm.loading.plan import LoadPlan, plan_load
 from infinilm.loading.ranks import find_indivisible, report_rank
 from infinilm.loading.stages import Stage
 from infinilm.loading.values import fill
-from infinilm_hookspecs import ParameterSpec, Shard, StoredTensor, Weight
+from infinilm_hookspecs import ParameterSpec, Quantization, Shard, StoredTensor, Weight
+from infinilm_hookspecs.dtypes import dtype_name
 
 MODEL = Path(__file__).parent.parent.parent / "example_plugins" / "minimal" / "model"
 STORED = {
@@ -35,8 +38,7 @@ def by_head(weight: Weight) -> list[Weight]:
     return [heads[:, i].reshape(64, 4096).rename(f"neox_{name}") for i, name in enumerate("qkv")]
 
 
-@pytest.fixture
-def plan() -> LoadPlan:
+def plan_of(stored: Mapping[str, torch.Tensor], quantization: Quantization | None = None) -> LoadPlan:
     parameters = {
         "q": ParameterSpec((64, 48), "bfloat16", Shard(0, multiple=8)),
         "k": ParameterSpec((32, 48), "bfloat16", Shard(0, multiple=8)),
@@ -45,37 +47,71 @@ def plan() -> LoadPlan:
         **{f"neox_{name}": ParameterSpec((64, 4096), "bfloat16", Shard(0, multiple=8)) for name in "qkv"},
         "norm": ParameterSpec((48,), "bfloat16"),
     }
-    tensors = {name: StoredTensor(tuple(t.shape), "float32", None) for name, t in STORED.items()}
-    plan = plan_load(tensors, [Stage({"qkv": split, "neox": by_head}, "test")], parameters)
+    tensors = {name: StoredTensor(tuple(t.shape), dtype_name(t.dtype), None) for name, t in stored.items()}
+    plan = plan_load(tensors, [Stage({"qkv": split, "neox": by_head}, "test")], parameters, quantization)
     plan.check()
     return plan
+
+
+@pytest.fixture
+def plan() -> LoadPlan:
+    return plan_of(STORED)
+
+
+def read_by_rank(
+    plan: LoadPlan, stored: Mapping[str, torch.Tensor], rank: int, world_size: int, max_bytes: int = CHUNK_BYTES
+) -> tuple[int, int]:
+    """Return the bytes that a rank keeps, and those that filling its parameters asks for."""
+    num_read = num_kept = 0
+
+    def read(name: str, region: tuple[slice, ...]) -> torch.Tensor:
+        nonlocal num_read
+        found = stored[name][region].contiguous()
+        num_read += found.nbytes
+        return found
+
+    for parameter in plan.parameters:
+        weight, shard = parameter.weight, parameter.spec.shard
+        if shard is not None:
+            rows = weight.shape[shard.dim] // world_size
+            weight = weight.narrow(shard.dim, rank * rows, rows)
+        buffer = torch.empty(weight.shape, dtype=torch.bfloat16)
+        num_kept += buffer.nbytes
+        for part, target in cut_chunks(weight, buffer, max_bytes):
+            fill(part, target, read)
+    return num_kept, num_read
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_report_is_what_reading_asks_for(plan: LoadPlan, world_size: int) -> None:
     for rank in range(world_size):
-        num_read = num_kept = 0
-
-        def read(name: str, region: tuple[slice, ...]) -> torch.Tensor:
-            nonlocal num_read
-            found = STORED[name][region].contiguous()
-            num_read += found.nbytes
-            return found
-
-        for parameter in plan.parameters:
-            weight, shard = parameter.weight, parameter.spec.shard
-            if shard is not None:
-                rows = weight.shape[shard.dim] // world_size
-                weight = weight.narrow(shard.dim, rank * rows, rows)
-            buffer = torch.empty(weight.shape, dtype=torch.bfloat16)
-            num_kept += buffer.nbytes
-            for part, target in cut_chunks(weight, buffer, BYTE_BUDGET):
-                fill(part, target, read)
+        num_kept, num_read = read_by_rank(plan, STORED, rank, world_size)
         report = report_rank(plan, rank, world_size)
         assert (report.num_bytes, report.read_bytes) == (num_kept, num_read)
         assert report.needed_bytes == 2 * num_kept
         assert report.amplification == 1.0
         assert report.peak_bytes == num_kept + 2 * BYTE_BUDGET
+
+
+@pytest.mark.parametrize("chunk_bytes", [CHUNK_BYTES, 1000])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_report_of_a_quantized_plan_counts_blocks_and_scales(
+    world_size: int, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 40 rows end inside heads of 24: what two chunks, or two ranks, need of a block is read twice."""
+    stored: dict[str, torch.Tensor] = {"norm": STORED["norm"]}
+    for name in ("qkv", "out", "neox"):
+        rows, columns = STORED[name].shape
+        stored[name] = STORED[name].to(torch.float8_e4m3fn)
+        stored[f"{name}_scale"] = torch.ones(-(-rows // 40), -(-columns // 16))
+    groups = {name: {"weight": name, "scale": f"{name}_scale"} for name in ("qkv", "out", "neox")}
+    plan = plan_of(stored, Quantization("fp8_block", (40, 16), groups))
+    monkeypatch.setattr(ranks, "CHUNK_BYTES", chunk_bytes)
+    for rank in range(world_size):
+        num_kept, num_read = read_by_rank(plan, stored, rank, world_size, chunk_bytes)
+        report = report_rank(plan, rank, world_size)
+        assert (report.num_bytes, report.read_bytes) == (num_kept, num_read)
+        assert report.needed_bytes <= report.read_bytes
 
 
 def test_what_cannot_be_cut_is_named_with_the_unit(plan: LoadPlan) -> None:
