@@ -87,7 +87,7 @@ class LLM:
             )
             self.choice = pipeline.choose_backend(pm, request, backend)
             self.plan = pipeline.make_plan(pm, checkpoint, self.lineage, self.choice)
-            self.plan.check()
+            self.plan.check(pm.failures())
             self.processor = pipeline.select_processor(pm, self.lineage, checkpoint, tokenizer)
             stored = read_generation_config(checkpoint)
             self._backend = self.choice.backend
@@ -268,6 +268,6 @@ class LLM:
         if self._text is None:
             raise RequestError(
                 f"{what} needs a tokenizer, and this model has none; give {{'prompt_token_ids': [...]}}, or take "
-                "another folder's with tokenizer=PATH (--tokenizer PATH)"
+                f"another folder's with tokenizer=PATH (--tokenizer PATH).{self.plugin_manager.failures()}"
             )
         return self._text

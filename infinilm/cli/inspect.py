@@ -121,6 +121,8 @@ def _walk(
     plan = pipeline.make_plan(pm, checkpoint, lineage, choice)
     report["plan"] = _describe_plan(plan, opened.plugin)
     report["errors"] += group_messages(plan.errors)
+    if plan.errors and pm.failures():
+        report["errors"].append(pm.failures().strip())
     processor = pipeline.select_processor(pm, lineage, checkpoint, options.tokenizer)
     if processor is not None:
         report["processor"] = {"name": type(processor.value).__name__, "plugin": processor.plugin}

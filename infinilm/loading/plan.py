@@ -59,11 +59,11 @@ class LoadPlan:
         """Bytes of all parameters, in the dtypes the backend keeps them in."""
         return sum(p.weight.numel() * ITEM_SIZES[p.spec.dtype] for p in self.parameters)
 
-    def check(self) -> None:
-        """Raise `PlanError` with every error there is, alike ones folded into one line."""
+    def check(self, hint: str = "") -> None:
+        """Raise `PlanError` with every error there is, alike ones folded into one line, and `hint` at the end."""
         if not self.errors:
             return
-        lines = group_messages(self.errors)
+        lines = group_messages(self.errors) + ([hint.strip()] if hint else [])
         raise PlanError(
             f"the checkpoint does not fit the model, {len(self.errors)} "
             f"{'problem' if len(self.errors) == 1 else 'problems'}:\n  " + "\n  ".join(lines)

@@ -20,7 +20,7 @@ def load_plugin(name_or_path: str) -> Any:
     Takes what `-p` takes: an entry point, a module, `module:attribute` or a `.py` file. Every later manager loads it
     after the entry points. Raises `PluginError`, the cause chained, and then remembers nothing.
     """
-    candidate = discovery.by_name(name_or_path, discovery.in_tree() | discovery.installed())
+    candidate = discovery.by_name(name_or_path, discovery.installed() | discovery.in_tree())
     if candidate.refusal is not None:
         raise PluginError(f"plugin {candidate.record.describe()} is refused: {candidate.refusal}")
     try:

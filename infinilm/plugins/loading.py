@@ -45,13 +45,14 @@ def create_plugin_manager(
         return _load_again(like)
     plugins = list(plugins)
     words = {p.removeprefix("no:"): not p.startswith("no:") for p in plugins if isinstance(p, str)}
-    known = discovery.in_tree() | _without_taken_names(discovery.installed())
-    pm = PluginManager()
-    pm.is_tracing = discovery.is_switched_on("INFINILM_TRACE_PLUGINS")
+    in_tree, installed = discovery.in_tree(), discovery.installed()
+    known = installed | in_tree
+    pm = _new_manager()
     for candidate in known.values():
         if candidate.record.origin is Origin.IN_TREE and candidate.record.name not in words:
             _load(pm, candidate)
     if autoload:
+        _fail_taken_names(pm, in_tree, installed)
         _load_discovered(pm, known, words)
     for name in registry.remembered():
         if name not in words:
@@ -70,13 +71,19 @@ def create_plugin_manager(
     return pm
 
 
-def _without_taken_names(installed: Mapping[str, Candidate]) -> dict[str, Candidate]:
-    """Refuse entry points that are called as an in-tree plugin is."""
-    taken = discovery.in_tree()
-    for name in taken.keys() & installed.keys():
+def _new_manager() -> PluginManager:
+    pm = PluginManager()
+    pm.is_tracing = discovery.is_switched_on("INFINILM_TRACE_PLUGINS")
+    return pm
+
+
+def _fail_taken_names(pm: PluginManager, in_tree: Mapping[str, Candidate], installed: Mapping[str, Candidate]) -> None:
+    """List entry points that are called as an in-tree plugin is, under their distribution's name, as failed."""
+    for name in sorted(in_tree.keys() & installed.keys()):
         record = installed[name].record
-        _log.warning("plugin %s is not loaded: an in-tree plugin has this name", record.describe())
-    return {name: candidate for name, candidate in installed.items() if name not in taken}
+        reason = f"an in-tree plugin is called {name!r}; rename the entry point"
+        pm.note(replace(record, name=f"{record.distribution}:{name}", status=Status.FAILED, error=reason))
+        _log.warning("plugin %s failed to load: %s", record.describe(), reason)
 
 
 def _load_discovered(pm: PluginManager, known: Mapping[str, Candidate], words: Mapping[str, bool]) -> None:
@@ -146,8 +153,8 @@ def _load_named(pm: PluginManager, name: str, known: Mapping[str, Candidate]) ->
 
 def _load_again(fingerprint: Fingerprint) -> PluginManager:
     """Load what another manager had, in its order. Raises `PluginError` saying what differs."""
-    known = discovery.in_tree() | discovery.installed()
-    pm = PluginManager()
+    known = discovery.installed() | discovery.in_tree()
+    pm = _new_manager()
     for entry in fingerprint.entries:
         if entry.name in {record.name for record in pm.records}:
             continue  # the specs of a module come with the module

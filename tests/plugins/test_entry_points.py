@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from checkpoints_made import llama_tensors, write_folder
 from distributions import GOOD, install
 
+from infinilm import LLM
+from infinilm.cli import main
 from infinilm.plugins import (
     ModelSpec,
     adapt_config,
@@ -21,7 +25,7 @@ from infinilm.plugins import (
     registry,
 )
 from infinilm.plugins.report import Origin, Status
-from infinilm_hookspecs import PluginError
+from infinilm_hookspecs import PlanError, PluginError
 
 SOURCES = {
     "hooks_module": GOOD.format(model_type="hooks"),
@@ -191,3 +195,33 @@ def test_exception_of_an_installed_plugin_names_its_distribution(folder: Path) -
     with pytest.raises(KeyError) as caught:
         create_plugin_manager().ask_first("adapt_config", config={"model_type": "any"})
     assert caught.value.__notes__ == ["in plugin 'careless' (careless-dist 1.0), hook adapt_config"]
+
+
+def test_entry_point_called_as_an_in_tree_plugin_is_listed_as_failed(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    install(folder, "rival-dist", "llama = hooks_module")
+    pm = create_plugin_manager()
+    assert pm.record("llama").origin is Origin.IN_TREE
+    record = pm.record("rival-dist:llama")
+    assert record.status is Status.FAILED
+    assert record.error == "an in-tree plugin is called 'llama'; rename the entry point"
+    assert sum("rival-dist 1.0" in message for message in caplog.messages) == 1
+
+
+def test_failed_plugins_are_named_where_weights_do_not_fit(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A plugin that would have renamed the weights, and failed, is not far from the tensors that nobody knows."""
+    install(folder, "broken-dist", "broken = broken_module", modules={"broken_module": "1 / 0"})
+    model = write_folder(tmp_path / "model", {f"foreign.{name}": t for name, t in llama_tensors().items()})
+    with pytest.raises(PlanError, match=r"1 discovered plugin failed to load: 'broken' \(broken-dist 1.0\)"):
+        LLM(model)
+    assert main(["inspect", str(model), "--json"]) == 2
+    assert "'broken' (broken-dist 1.0)" in json.loads(capsys.readouterr().out)["errors"][-1]
+
+
+def test_trace_is_kept_by_a_manager_loaded_like_another(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFINILM_TRACE_PLUGINS", "1")
+    fingerprint = create_plugin_manager().fingerprint()
+    assert create_plugin_manager(like=fingerprint).is_tracing
