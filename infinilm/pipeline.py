@@ -18,6 +18,7 @@ from typing import Any
 
 from infinilm import hub
 from infinilm.checkpoint_view import CheckpointView
+from infinilm.loading.collector import collector_paused
 from infinilm.loading.dequantize import start_walk
 from infinilm.loading.plan import LoadPlan, plan_load
 from infinilm.loading.stages import Stage
@@ -95,6 +96,7 @@ def _import_dotted(answer: Answer[str]) -> Any:
 # ---------------------------------------------------------------- checkpoint
 
 
+@collector_paused()
 def open_checkpoint(pm: PluginManager, model: str, revision: str | None = None) -> Answer[Checkpoint]:
     """Return the checkpoint of `model`, a path, a URL or a Hub id, of which `revision` is a branch, tag or commit.
 
@@ -215,6 +217,7 @@ def make_request(
     )
 
 
+@collector_paused()
 def choose_backend(pm: PluginManager, request: BackendRequest, name: str = "auto") -> BackendChoice:
     """Return the first backend that takes the model, or that of the plugin `name`.
 
@@ -285,6 +288,7 @@ def collect_stages(pm: PluginManager, lineage: Lineage, choice: BackendChoice) -
     return [*groups, [] if own is None else [Stage(own, choice.plugin)]]
 
 
+@collector_paused()
 def make_plan(pm: PluginManager, checkpoint: Checkpoint, lineage: Lineage, choice: BackendChoice) -> LoadPlan:
     """Return the plan that fills the backend's parameters, with everything that is wrong with it."""
     stages = chain.from_iterable(collect_stages(pm, lineage, choice))

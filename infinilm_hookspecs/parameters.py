@@ -60,9 +60,13 @@ def parameters(config: DecoderConfig, dtype: str = "float32") -> Mapping[str, Pa
     if config.embedding.num_positions is not None:
         shape = (config.embedding.num_positions, config.hidden_size)
         specs["model.embed_positions.weight"] = ParameterSpec(shape, dtype)
+    kinds: list[tuple[LayerConfig, list[tuple[str, ParameterSpec]]]] = []  # few, and each may have a thousand experts
     for index, layer in enumerate(config.layers):
-        for name, spec in _layer(layer, config.hidden_size, dtype):
-            specs[f"model.layers.{index}.{name}"] = spec
+        listed = next((listed for kind, listed in kinds if kind == layer), None)
+        if listed is None:
+            listed = list(_layer(layer, config.hidden_size, dtype))
+            kinds.append((layer, listed))
+        specs |= {f"model.layers.{index}.{name}": spec for name, spec in listed}
     specs.update(_norm("model.norm", config.final_norm, config.hidden_size, dtype))
     tied_to = "model.embed_tokens.weight" if config.embedding.tied else None
     specs["lm_head.weight"] = replace(embedding, tied_to=tied_to)
@@ -135,9 +139,9 @@ def _mlp(mlp: MlpConfig, hidden: int, dtype: str) -> _Specs:
 
 def _moe(moe: MoeConfig, hidden: int, dtype: str) -> _Specs:
     yield "mlp.gate.weight", ParameterSpec((moe.num_experts, hidden), dtype)
+    into = ParameterSpec((moe.intermediate_size, hidden), dtype, Shard(0))
+    out = ParameterSpec((hidden, moe.intermediate_size), dtype, Shard(1))
     for expert in range(moe.num_experts):
-        for part in ("gate", "up"):
-            shape = (moe.intermediate_size, hidden)
-            yield f"mlp.experts.{expert}.{part}_proj.weight", ParameterSpec(shape, dtype, Shard(0))
-        shape = (hidden, moe.intermediate_size)
-        yield f"mlp.experts.{expert}.down_proj.weight", ParameterSpec(shape, dtype, Shard(1))
+        yield f"mlp.experts.{expert}.gate_proj.weight", into
+        yield f"mlp.experts.{expert}.up_proj.weight", into
+        yield f"mlp.experts.{expert}.down_proj.weight", out

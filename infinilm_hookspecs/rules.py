@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from string import Formatter
 from typing import Final
 
@@ -41,7 +42,7 @@ Skeleton = tuple[str, ...]  # what stands around the integers of a name
 class _Entry:
     """One key of a table: which names it fits and what it makes of them."""
 
-    __slots__ = ("captures", "has_repeats", "key", "literals", "num_fixed", "skeleton", "value")
+    __slots__ = ("captures", "has_repeats", "key", "literals", "num_fixed", "skeleton", "template", "value")
 
     def __init__(self, key: object, value: object) -> None:
         if not isinstance(key, str):
@@ -72,6 +73,7 @@ class _Entry:
         self.num_fixed = len(numbers) - len(free)  # integers of a name that are not free: the more, the more literal
         self.has_repeats = len(free) < len(self.captures)
         self._check_value()
+        self.template = self._by_position(value) if isinstance(value, str) else None
 
     def _malformed(self, what: str) -> WeightError:
         return WeightError(f"key {self.key!r} of a weight table: {what}")
@@ -99,6 +101,17 @@ class _Entry:
         elif not isinstance(self.value, Drop) and not callable(self.value):
             raise WeightError(f"{where} is neither a template, DROP, nor a callable")
 
+    def _by_position(self, value: str) -> str:
+        """Return a template with every name replaced by where its integer stands: `str.format` fills that in faster."""
+        positions = {name: at for at, name in reversed(self.captures.items())}
+        text = ""
+        for literal, name, spec, conversion in Formatter().parse(value):
+            text += literal.replace("{", "{{").replace("}", "}}")
+            if name is not None:
+                conversion, spec = f"!{conversion}" if conversion else "", f":{spec}" if spec else ""
+                text += f"{{{positions[name]}{conversion}{spec}}}"
+        return text
+
     def fits(self, numbers: Sequence[str]) -> bool:
         """Return whether the captures of a name with this skeleton and these literals agree with each other."""
         if not self.has_repeats:
@@ -108,13 +121,19 @@ class _Entry:
 
     def map(self, weight: Weight, numbers: Sequence[str]) -> Mapped:
         """Return what the value makes of a weight whose name fits."""
+        if self.template is not None:
+            return weight.rename(self.template.format(*map(int, numbers)))
         if isinstance(self.value, Drop):
             return self.value
         captured = {name: int(numbers[at]) for at, name in self.captures.items()}
-        if isinstance(self.value, str):
-            return weight.rename(self.value.format(**captured))
         mapped: Mapped = self.value(weight, **captured)  # type: ignore[operator]  # _check_value saw that it is callable
         return mapped
+
+
+_Shelf = dict[tuple[str, ...], list[_Entry]]
+_Shelves = Sequence[tuple[tuple[int, tuple[int, ...]], _Shelf]]
+_Direct = tuple[Callable[[Sequence[str]], object], Mapping[object, _Entry]]
+"""What of a name's integers to look at, and the one entry for every value of it."""
 
 
 class _Table:
@@ -122,7 +141,7 @@ class _Table:
 
     def __init__(self, rule: Mapping[str, object]) -> None:
         # skeleton -> (how literal, which integers are) -> those integers -> entries
-        shelves: dict[Skeleton, dict[tuple[int, tuple[int, ...]], dict[tuple[str, ...], list[_Entry]]]] = {}
+        shelves: dict[Skeleton, dict[tuple[int, tuple[int, ...]], _Shelf]] = {}
         for key, value in rule.items():
             entry = _Entry(key, value)
             shelf = shelves.setdefault(entry.skeleton, {}).setdefault((entry.num_fixed, tuple(entry.literals)), {})
@@ -132,13 +151,20 @@ class _Table:
                     raise WeightError(f"weight table: {rival.key!r} and {key!r} fit the same names")
             rivals.append(entry)
         self._shelves = {skeleton: sorted(found.items(), reverse=True) for skeleton, found in shelves.items()}
+        self._direct = {skeleton: direct for skeleton, found in shelves.items() if (direct := _direct_entries(found))}
 
     def __call__(self, weight: Weight) -> Mapped:
         pieces = _INTEGER.split(weight.name)
-        shelves = self._shelves.get(tuple(pieces[::2]))
-        if shelves is None:
-            return None
-        numbers = pieces[1::2]
+        skeleton, numbers = tuple(pieces[::2]), pieces[1::2]
+        direct = self._direct.get(skeleton)
+        if direct is None:
+            return self._choose(weight, self._shelves.get(skeleton, ()), numbers)
+        pick, entries = direct
+        entry = entries.get(pick(numbers))
+        return None if entry is None else entry.map(weight, numbers)
+
+    def _choose(self, weight: Weight, shelves: _Shelves, numbers: Sequence[str]) -> Mapped:
+        """Map `weight` by the most literal entry that fits, of those of its skeleton."""
         best: _Entry | None = None
         for (num_fixed, literal), shelf in shelves:
             if best is not None and num_fixed < best.num_fixed:
@@ -152,6 +178,17 @@ class _Table:
                     )
                 best = entry
         return None if best is None else best.map(weight, numbers)
+
+
+def _direct_entries(shelves: Mapping[tuple[int, tuple[int, ...]], _Shelf]) -> _Direct | None:
+    """Return how to look an entry up at once, as most skeletons allow; `None` where several may fit one name."""
+    ((_, positions), shelf), *others = shelves.items()
+    if others or any(len(rivals) > 1 or rivals[0].has_repeats for rivals in shelf.values()):
+        return None
+    if not positions:
+        ((entry,),) = shelf.values()
+        return (lambda numbers: None), {None: entry}
+    return itemgetter(*positions), {itemgetter(*range(len(key)))(key): entry for key, (entry,) in shelf.items()}
 
 
 def compile_rule(rule: WeightRule) -> Callable[[Weight], Mapped]:

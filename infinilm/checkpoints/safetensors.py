@@ -48,6 +48,7 @@ _DTYPES = {
 }
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _MAX_DIMENSIONS = 64  # NumPy's limit
+_INTEGERS = frozenset([int])  # and not bool, which is one of Python's
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -117,7 +118,7 @@ def read_header(path: Path, descriptor: int) -> dict[str, StoredTensor]:
         raise wrong(f"its header claims {length} bytes, in a file of {file_size}")
     data = _read(path, descriptor, length, 8)
     try:
-        header = json.loads(data.decode("utf-8"), object_pairs_hook=_reject_duplicates)
+        header = _parse(data)
     except CheckpointError as err:
         raise wrong(f"its header {err}") from err
     except (ValueError, RecursionError) as err:
@@ -127,12 +128,14 @@ def read_header(path: Path, descriptor: int) -> dict[str, StoredTensor]:
     header.pop("__metadata__", None)
     tensors: dict[str, StoredTensor] = {}
     spans: list[tuple[int, int, str]] = []
+    start = 8 + length
+    known: _KnownKinds = {}
     for name, entry in header.items():
         try:
-            dtype, shape, begin, end = _read_entry(entry)
+            dtype, shape, begin, end = _read_known_entry(entry, known) or _read_entry(entry, known)
         except CheckpointError as err:
             raise wrong(f"tensor {name!r:.200} {err}") from err
-        tensors[name] = StoredTensor(shape, dtype, (path, 8 + length + begin, end - begin))
+        tensors[name] = StoredTensor(shape, dtype, (path, start + begin, end - begin))
         spans.append((begin, end, name))
     at = 0
     for begin, end, name in sorted(spans):
@@ -155,6 +158,24 @@ def _read(path: Path, descriptor: int, length: int, offset: int) -> bytes:
         raise CheckpointError(f"{str(path)!r} cannot be read: {err.strerror}") from err
 
 
+def _parse(data: bytes) -> Any:
+    """Return the JSON value `data`. Raises `CheckpointError` for a name given twice in one object.
+
+    Without escapes every quote begins or ends a string. Where there are as many as sound entries for the names that
+    were found take, no name was given twice; else the header is parsed again, slowly, to look at every object.
+    """
+    text = data.decode("utf-8")
+    header = json.loads(text)
+    if isinstance(header, dict) and "\\" not in text:
+        num_strings = 5 * len(header)  # the name, "dtype" and its value, "shape", "data_offsets"
+        metadata = header.get("__metadata__")
+        if isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()):
+            num_strings += 2 * len(metadata) - 4
+        if text.count('"') == 2 * num_strings:
+            return header
+    return json.loads(text, object_pairs_hook=_reject_duplicates)
+
+
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
@@ -163,21 +184,40 @@ def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _read_entry(entry: object) -> tuple[str, tuple[int, ...], int, int]:
+_KnownKinds = dict[tuple[Any, ...], tuple[str, tuple[int, ...], int]]
+"""(dtype, *sizes) as stored, of what was found right -> dtype, shape, bytes."""
+
+
+def _read_known_entry(entry: Any, known: _KnownKinds) -> tuple[str, tuple[int, ...], int, int] | None:
+    """Return what `_read_entry` would, for an entry like one before it; `None` for any other, be it right or wrong."""
+    try:
+        sizes, (begin, end) = entry["shape"], entry["data_offsets"]
+        dtype, shape, num_bytes = known[entry["dtype"], *sizes]
+    except (KeyError, TypeError, ValueError):
+        return None
+    # Equal keys are not enough: True is 1, and so is 1.0.
+    if end - begin != num_bytes or begin < 0 or not _INTEGERS.issuperset(map(type, (*sizes, begin, end))):
+        return None
+    return dtype, shape, begin, end
+
+
+def _read_entry(entry: object, known: _KnownKinds) -> tuple[str, tuple[int, ...], int, int]:
     """Return (dtype, shape, begin, end) of one tensor's entry. Raises `CheckpointError` saying what is wrong."""
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise CheckpointError(f"is described by {entry!r:.80}, and dtype, shape and data_offsets are wanted")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise CheckpointError(f"has the dtype {dtype!r:.80}; known: {', '.join(_DTYPES)}")
-    if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS:
-        raise CheckpointError(f"has the shape {shape!r:.80}")
+    stored, sizes, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(stored, str) or stored not in _DTYPES:
+        raise CheckpointError(f"has the dtype {stored!r:.80}; known: {', '.join(_DTYPES)}")
+    if not _are_sizes(sizes) or len(sizes) > _MAX_DIMENSIONS:
+        raise CheckpointError(f"has the shape {sizes!r:.80}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"has the data_offsets {offsets!r:.80}")
-    wanted = prod(shape) * ITEM_SIZES[_DTYPES[dtype]]
-    if offsets[1] - offsets[0] != wanted:
-        raise CheckpointError(f"takes {offsets[1] - offsets[0]} bytes, and {shape} of {dtype} needs {wanted}")
-    return _DTYPES[dtype], tuple(shape), offsets[0], offsets[1]
+    begin, end = offsets
+    dtype, shape, num_bytes = _DTYPES[stored], tuple(sizes), prod(sizes) * ITEM_SIZES[_DTYPES[stored]]
+    if end - begin != num_bytes:
+        raise CheckpointError(f"takes {end - begin} bytes, and {sizes} of {stored} needs {num_bytes}")
+    known[stored, *sizes] = dtype, shape, num_bytes
+    return dtype, shape, begin, end
 
 
 def _are_sizes(value: object) -> bool:

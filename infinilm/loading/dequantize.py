@@ -248,15 +248,16 @@ def start_walk(tensors: Mapping[str, StoredTensor], quantization: Quantization |
 
     A group that does not fit together is among the errors of the walk.
     """
+    if quantization is None:
+        return Walk({name: Weight.stored(name, stored.shape, stored.dtype) for name, stored in tensors.items()})
     walk = Walk({})
-    groups = {} if quantization is None else quantization.groups
+    groups = quantization.groups
     group_of = {stored: logical for logical, group in groups.items() for stored in group.values()}
     for name, stored in tensors.items():
         logical = group_of.get(name)
         if logical is None:
             walk.weights[name] = Weight.stored(name, stored.shape, stored.dtype)
         elif name == next(stored for stored in groups[logical].values() if stored in tensors):
-            assert quantization is not None
             try:
                 weight = _dequantized(logical, quantization, tensors)
                 if logical in tensors and logical not in group_of:

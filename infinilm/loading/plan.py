@@ -7,13 +7,13 @@ holding the result against the backend's parameters. All errors are collected. K
 from __future__ import annotations
 
 import difflib
-import gc
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
+from infinilm.loading.collector import collector_paused
 from infinilm.loading.coverage import Run, Usage
 from infinilm.loading.dequantize import start_walk
 from infinilm.loading.messages import group_messages
@@ -26,8 +26,7 @@ from infinilm_hookspecs.types import StoredTensor
 _NUMBER = re.compile(r"([0-9]+)")
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedParameter:
+class PlannedParameter(NamedTuple):
     """One parameter and the weight that fills it. `twins` are other stored copies that must be equal to it."""
 
     name: str
@@ -70,6 +69,7 @@ class LoadPlan:
         )
 
 
+@collector_paused()
 def plan_load(
     tensors: Mapping[str, StoredTensor],
     stages: Sequence[Stage],
@@ -82,16 +82,6 @@ def plan_load(
     a misfit between them: what is wrong is in `LoadPlan.errors`. An exception inside a rule that is not a `WeightError`
     propagates with a note naming the plugin and the weight.
     """
-    with _collector_paused():
-        return _plan(tensors, stages, parameters, quantization)
-
-
-def _plan(
-    tensors: Mapping[str, StoredTensor],
-    stages: Sequence[Stage],
-    parameters: Mapping[str, ParameterSpec],
-    quantization: Quantization | None,
-) -> LoadPlan:
     walk = start_walk(tensors, quantization)
     for stage in stages:
         walk.run(stage)
@@ -101,18 +91,6 @@ def _plan(
     errors = dict.fromkeys([*walk.errors, *_find_unused(tensors, walk, tied)])
     dropped = {name: plugin for plugin, weight in walk.dropped for name in weight.stored_names()}
     return LoadPlan(tuple(planned), dropped | walk.partly, tuple(errors))
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Keep the cyclic collector from going through hundreds of thousands of new objects again and again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _match(
@@ -127,6 +105,10 @@ def _match(
     for name, spec in parameters.items():
         if spec.tied_to is not None:
             continue
+        weight = weights.get(name)
+        if weight is not None and weight.shape == spec.shape and name not in ties:
+            planned.append(PlannedParameter(name, spec, weight))
+            continue
         copies = [weights[n] for n in (name, *ties.get(name, ())) if n in weights]
         if not copies:
             missing.append(name)
@@ -139,7 +121,8 @@ def _match(
         weight = copies[0]
         twins = tuple(copy for copy in copies[1:] if copy.pieces is not weight.pieces)
         planned.append(PlannedParameter(name, spec, weight, twins))
-    unexpected = [weight for name, weight in weights.items() if name not in parameters]
+    unknown = weights.keys() - parameters.keys()
+    unexpected = [weight for name, weight in weights.items() if name in unknown] if unknown else []
     errors += _describe_missing(missing, [weight.name for weight in unexpected])
     errors += [_describe_unexpected(weight) for weight in unexpected]
     return planned
@@ -186,7 +169,7 @@ def _without_numbers(name: str) -> tuple[str, tuple[str, ...]]:
 
 def _find_unused(tensors: Mapping[str, StoredTensor], walk: Walk, tied: set[str]) -> list[str]:
     """Say which tensors lose elements that nobody dropped, or give them twice to parameters that are not tied."""
-    uses = _collect_uses([*walk.weights.values(), *(weight for _, weight in walk.dropped)])
+    uses, found = _collect_uses([*walk.weights.values(), *(weight for _, weight in walk.dropped)])
     excused = {*walk.partly, *walk.reported}
     usage = Usage()
     messages = []
@@ -204,11 +187,12 @@ def _find_unused(tensors: Mapping[str, StoredTensor], walk: Walk, tied: set[str]
             _, repeated = usage.count(use.volume, runs)
         if repeated and not use.targets.keys() <= tied:
             messages.append(f"{repeated} elements of {use.what} are used more than once, in {', '.join(use.targets)}")
-    found = {name for use in uses for name in use.stored_names}
+    found.update(name for use in uses for name in use.stored_names)
+    forgotten = tensors.keys() - found - excused
     messages += [
         f"{volume} of {volume} elements of {name} go nowhere; return DROP for it if that is meant"
-        for name, stored in tensors.items()
-        if name not in found and name not in excused and (volume := prod(stored.shape))
+        for name, stored in (tensors.items() if forgotten else ())
+        if name in forgotten and (volume := prod(stored.shape))
     ]
     return messages
 
@@ -254,23 +238,36 @@ class _Use:
         return names if deferred is None else f"what {deferred.label} makes of {names}"
 
 
-def _collect_uses(weights: Iterable[Weight]) -> list[_Use]:
-    """Return what is taken from every source that `weights` come from, each deferred step's inputs counted once."""
+def _collect_uses(weights: Iterable[Weight]) -> tuple[list[_Use], set[str]]:
+    """Return what is taken from every source that `weights` come from, each deferred step's inputs counted once.
+
+    A stored tensor that one weight takes whole, as most are taken, is only named, in the set.
+    """
     uses: dict[int, _Use] = {}
+    whole: dict[int, Weight] = {}  # by their sources, as `uses`
     for weight in weights:
-        for piece in weight.pieces:
-            _use_of(piece, weight.name, uses).pieces.append(piece)
-    return list(uses.values())
+        pieces = weight.pieces
+        if len(pieces) == 1 and pieces[0].axes is None and pieces[0].source.deferred is None:
+            source = id(pieces[0].source)
+            if source not in uses and whole.setdefault(source, weight) is weight:
+                continue
+        for piece in pieces:
+            _use_of(piece, weight.name, uses, whole).pieces.append(piece)
+    return list(uses.values()), {weight.pieces[0].source.name for weight in whole.values()}
 
 
-def _use_of(piece: Piece, target: str, uses: dict[int, _Use]) -> _Use:
+def _use_of(piece: Piece, target: str, uses: dict[int, _Use], whole: dict[int, Weight]) -> _Use:
     """Return the use of the source of `piece`; where it is a deferred step met first, take note of its inputs."""
     use = uses.get(id(piece.source))
     if use is None:
         use = uses[id(piece.source)] = _Use(piece.source)
+        first = whole.pop(id(piece.source), None)
+        if first is not None:
+            use.pieces.append(first.pieces[0])
+            use.targets[first.name] = None
         for tensor in piece.source.deferred.inputs if piece.source.deferred else ():
             for inner in tensor.pieces:
-                _use_of(inner, target, uses).pieces_of_steps.append(inner)
+                _use_of(inner, target, uses, whole).pieces_of_steps.append(inner)
     use.targets[target] = None
     return use
 

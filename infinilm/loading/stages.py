@@ -44,17 +44,30 @@ class Walk:
     def run(self, stage: Stage) -> None:
         """Run one stage. A `WeightError` of its rule is collected; another exception gains a note and propagates."""
         run = self._run_state_dict if isinstance(stage.rule, StateDictRule) else self._run_each
-        made: dict[str, list[Weight]] = {}
+        made: dict[str, Weight] = {}
+        parts_of: dict[str, list[Weight]] = {}  # of the names that are not one whole piece: few
         for weight in run(stage):
-            made.setdefault(weight.name, []).append(weight)
-        self.weights = {name: self._join(name, parts) for name, parts in made.items()}
+            first = made.setdefault(weight.name, weight)
+            if first is not weight:
+                parts_of.setdefault(weight.name, [first]).append(weight)
+            elif len(weight.pieces) != 1 or weight.pieces[0].place is not None:
+                parts_of[weight.name] = [weight]
+        for name, parts in parts_of.items():
+            made[name] = self._join(name, parts)
+        self.weights = made
 
     def _run_each(self, stage: Stage) -> list[Weight]:
         rule = _compile(stage)
         made: list[Weight] = []
         for weight in self.weights.values():
             try:
-                mapped = _as_sequence(rule(weight))
+                mapped = rule(weight)
+                if type(mapped) is Weight:
+                    if mapped is not weight:
+                        mapped.trail = (*weight.trail, stage.plugin)
+                    made.append(mapped)
+                    continue
+                mapped = _as_sequence(mapped)
             except WeightError as err:
                 self._report(f"{weight.name} [plugin {stage.plugin}]: {err}", [weight])
                 continue

@@ -310,6 +310,48 @@ LIES: list[tuple[str, bytes, str]] = [
         safetensors_bytes(b'{"a":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}', bytes(8)),
         "its header has the name 'dtype' twice",
     ),
+    (
+        "a name twice, one of them empty",
+        safetensors_bytes(b'{"a":{},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', bytes(8)),
+        "its header has the name 'a' twice",
+    ),
+    (
+        "a name twice, once escaped",
+        safetensors_bytes(rb'{"\u0061":5,"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', bytes(8)),
+        "its header has the name 'a' twice",
+    ),
+    (
+        "a name twice, beside as many numbers where text is due",
+        safetensors_bytes(
+            b'{"__metadata__":{"b":1,"c":2,"d":3,"e":4,"f":5},' + twice("a", entry(), entry())[1:], bytes(8)
+        ),
+        "its header has the name 'a' twice",
+    ),
+    (
+        "metadata twice",
+        safetensors_bytes(b'{"__metadata__":{"b":"1"},"__metadata__":{"b":"2"}}'),
+        "its header has the name '__metadata__' twice",
+    ),
+    (
+        "bool size after the number it equals",
+        safetensors_bytes({"a": entry("U8", [1], [0, 1]), "b": entry("U8", [True], [1, 2])}, bytes(2)),
+        "tensor 'b' has the shape [True]",
+    ),
+    (
+        "float size after the number it equals",
+        safetensors_bytes({"a": entry(offsets=[0, 8]), "b": entry(shape=[2.0], offsets=[8, 16])}, bytes(16)),
+        "tensor 'b' has the shape [2.0]",
+    ),
+    (
+        "float offset in a shape met before",
+        safetensors_bytes({"a": entry(offsets=[0, 8]), "b": entry(offsets=[8.0, 16])}, bytes(16)),
+        "tensor 'b' has the data_offsets [8.0, 16]",
+    ),
+    (
+        "wrong bytes in a shape met before",
+        safetensors_bytes({"a": entry(offsets=[0, 8]), "b": entry(offsets=[8, 12])}, bytes(12)),
+        "tensor 'b' takes 4 bytes, and [2] of F32 needs 8",
+    ),
     ("an entry that is null", safetensors_bytes({"a": None}), "tensor 'a' is described by None, and dtype, shape and"),
     ("an entry without shape", safetensors_bytes({"a": {"dtype": "F32"}}), "tensor 'a' is described by {'dtype': 'F3"),
     ("unknown dtype", safetensors_bytes({"a": entry("F33")}, bytes(8)), "tensor 'a' has the dtype 'F33'; known: BOOL"),

@@ -6,10 +6,9 @@ and keeps its address from then on, also through later updates.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Final
+from functools import cached_property
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,11 +24,9 @@ _FUSED: Final[Mapping[str, str]] = {
     "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj",
 }
-_EXPERT: Final = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
+class _Place(NamedTuple):
     """Where a parameter lies: `num_rows` rows of a buffer, from row `start`, of one expert's slice where there are."""
 
     buffer: str
@@ -48,13 +45,12 @@ class Weights:
     def __init__(self, specs: Mapping[str, ParameterSpec], device: torch.device) -> None:
         self._specs = specs
         self._device = device
-        self._places, self._shapes = _lay_out(specs)
         self._buffers: dict[str, Tensor] = {}
-        self._waiting = set(self._places)
+        self._waiting = {name for name, spec in specs.items() if spec.tied_to is None}
 
     def destination(self, name: str) -> Tensor:
         """Return the buffer of the parameter `name`, or its rows of a fused one."""
-        place = self._places[name]
+        place = self._layout[0][name]
         buffer = self._allocated(place.buffer)
         if place.expert is not None:
             buffer = buffer[place.expert]
@@ -68,7 +64,8 @@ class Weights:
         """Raise `PlanError` naming parameters that were never loaded."""
         if self._waiting:
             names = ", ".join(sorted(self._waiting)[:5])
-            raise PlanError(f"{len(self._waiting)} of {len(self._places)} parameters were not loaded: {names}, ...")
+            num_parameters = sum(spec.tied_to is None for spec in self._specs.values())
+            raise PlanError(f"{len(self._waiting)} of {num_parameters} parameters were not loaded: {names}, ...")
 
     def get(self, name: str) -> Tensor | None:
         """Return a buffer by its name, canonical or fused; `None` where the model has no such parameter."""
@@ -86,9 +83,14 @@ class Weights:
         """Drop every buffer."""
         self._buffers.clear()
 
+    @cached_property
+    def _layout(self) -> tuple[dict[str, _Place], _Shapes]:
+        """Where every parameter lies, and the shapes of the buffers. Planning does without."""
+        return _lay_out(self._specs)
+
     def _allocated(self, buffer: str) -> Tensor:
         if buffer not in self._buffers:
-            shape, dtype = self._shapes[buffer]
+            shape, dtype = self._layout[1][buffer]
             self._buffers[buffer] = torch.empty(shape, dtype=dtype, device=self._device)
         return self._buffers[buffer]
 
@@ -116,12 +118,10 @@ def _lay_out(specs: Mapping[str, ParameterSpec]) -> tuple[dict[str, _Place], _Sh
 
 def _buffer_of(name: str) -> tuple[str, int | None]:
     """Return the buffer a parameter lies in, and its place among the experts if it is one of theirs."""
-    name, expert = _without_expert(name)
     path, _, kind = name.rpartition(".")
     owner, _, part = path.rpartition(".")
-    return (f"{owner}.{_FUSED[part]}.{kind}" if part in _FUSED else name), expert
-
-
-def _without_expert(name: str) -> tuple[str, int | None]:
-    match = _EXPERT.fullmatch(name)
-    return (name, None) if match is None else (f"{match[1]}.{match[3]}", int(match[2]))
+    experts, _, number = owner.rpartition(".")
+    fused = _FUSED.get(part, part)
+    if number.isdecimal() and experts.endswith(".experts"):
+        return f"{experts}.{fused}.{kind}", int(number)
+    return name if fused == part else f"{owner}.{fused}.{kind}", None
