@@ -12,6 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from infinilm_hookspecs import (
     ConfigError,
     DecoderConfig,
     InfinilmError,
+    Named,
     Platform,
     PluginError,
     Processor,
@@ -226,7 +228,11 @@ def choose_backend(pm: PluginManager, request: BackendRequest, name: str = "auto
     """
     exclude = pm.others(name) if name != "auto" else ()
     reasons: dict[str, str] = {}
-    request = replace(request, on_decline=lambda reason: reasons.update({pm.asking or "?": reason}))
+    request = replace(
+        request,
+        on_decline=lambda reason: reasons.update({pm.asking or "?": reason}),
+        torch_module=partial(_find_torch_module, pm),
+    )
     backend, heard = pm.call("provide_backend", exclude=exclude, request=request)
     declined = tuple(
         Decline(answer.plugin, reasons.get(answer.plugin, "gave no reason")) for answer in heard if answer.value is None
@@ -241,6 +247,14 @@ def choose_backend(pm: PluginManager, request: BackendRequest, name: str = "auto
     if not request.max_model_len:
         raise ConfigError("no config of the lineage has max_position_embeddings; give max_model_len")
     return BackendChoice(backend, answer.plugin, declined)
+
+
+def _find_torch_module(pm: PluginManager, part: Named, config: DecoderConfig) -> Any:
+    """Return what makes the module of a `Named` part, or `None` where no plugin supplies it."""
+    answer = pm.ask_first("provide_torch_module", part=part, config=config)
+    if answer is not None and not callable(answer.value):
+        raise wrong_answer(pm, answer, "provide_torch_module", "a function that makes a torch.nn.Module")
+    return None if answer is None else answer.value
 
 
 def _no_backend(pm: PluginManager, request: BackendRequest, declined: Sequence[Decline]) -> InfinilmError:

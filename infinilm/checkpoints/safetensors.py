@@ -127,8 +127,7 @@ def read_header(path: Path, descriptor: int) -> dict[str, StoredTensor]:
         raise wrong(f"its header is a JSON {json_kind(header)}, and an object is wanted")
     header.pop("__metadata__", None)
     tensors: dict[str, StoredTensor] = {}
-    spans: list[tuple[int, int, str]] = []
-    start = 8 + length
+    start, at, is_in_order = 8 + length, 0, True
     known: _KnownKinds = {}
     for name, entry in header.items():
         try:
@@ -136,13 +135,14 @@ def read_header(path: Path, descriptor: int) -> dict[str, StoredTensor]:
         except CheckpointError as err:
             raise wrong(f"tensor {name!r:.200} {err}") from err
         tensors[name] = StoredTensor(shape, dtype, (path, start + begin, end - begin))
-        spans.append((begin, end, name))
-    at = 0
-    for begin, end, name in sorted(spans):
-        if begin != at:
-            raise wrong(f"tensor {name!r:.200} begins at {begin}, and the one before ends at {at}")
+        is_in_order = is_in_order and begin == at
         at = end
-    at += 8 + length
+    if not is_in_order:
+        try:
+            at = _check_order(tensors, start)
+        except CheckpointError as err:
+            raise wrong(str(err)) from err
+    at += start
     if file_size < at:
         raise wrong(f"its tensors end at byte {at}, and the file at {file_size}: it is truncated; download it again")
     if file_size > at:
@@ -218,6 +218,18 @@ def _read_entry(entry: object, known: _KnownKinds) -> tuple[str, tuple[int, ...]
         raise CheckpointError(f"takes {end - begin} bytes, and {sizes} of {stored} needs {num_bytes}")
     known[stored, *sizes] = dtype, shape, num_bytes
     return dtype, shape, begin, end
+
+
+def _check_order(tensors: Mapping[str, StoredTensor], start: int) -> int:
+    """Return where the last tensor ends, counted from `start`. Raises `CheckpointError` for a hole or an overlap."""
+    at = 0
+    for begin, num_bytes, name in sorted(
+        (its.extent[1] - start, its.extent[2], name) for name, its in tensors.items() if its.extent
+    ):
+        if begin != at:
+            raise CheckpointError(f"tensor {name!r:.200} begins at {begin}, and the one before ends at {at}")
+        at += num_bytes
+    return at
 
 
 def _are_sizes(value: object) -> bool:

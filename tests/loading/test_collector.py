@@ -17,10 +17,15 @@ def restored() -> Iterator[None]:
     gc.enable()
 
 
+@collector_paused()
+def fail_inside() -> None:
+    assert not gc.isenabled()
+    raise RuntimeError("inside")
+
+
 def test_pauses_and_goes_on_after_errors_too() -> None:
-    with pytest.raises(KeyError), collector_paused():
-        assert not gc.isenabled()
-        raise KeyError
+    with pytest.raises(RuntimeError, match="inside"):
+        fail_inside()
     assert gc.isenabled()
 
 
