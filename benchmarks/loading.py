@@ -95,6 +95,49 @@ report(time.perf_counter() - started, before)
 """
 
 
+RANK = """
+import torch
+from infinilm import pipeline
+from infinilm.loading.chunks import cut_chunks
+from infinilm.loading.execute import CHUNK_BYTES
+from infinilm.loading.ranks import rank_slices
+from infinilm.loading.values import fill, torch_dtype
+from infinilm.plugins import create_plugin_manager, trace_lineage
+
+pm = create_plugin_manager(autoload=False)
+checkpoint = pipeline.open_checkpoint(pm, str(folder)).value
+lineage = trace_lineage(pm, checkpoint.config)
+platform = pipeline.select_platform(pm).value
+request = pipeline.make_request(
+    lineage, checkpoint, platform, device="auto", dtype="auto", max_model_len=None, max_num_seqs=1
+)
+plan = pipeline.make_plan(pm, checkpoint, lineage, pipeline.choose_backend(pm, request))
+plan.check()
+num_read = num_kept = 0
+preadv = os.preadv
+
+def counting(descriptor, buffers, offset):
+    global num_read
+    count = preadv(descriptor, buffers, offset)
+    num_read += count
+    return count
+
+def read(name, region):
+    out = torch.empty([s.stop - s.start for s in region], dtype=torch_dtype(checkpoint.tensors[name].dtype))
+    checkpoint.read(name, region, out)
+    return out
+
+os.preadv = counting
+for parameter in plan.parameters:
+    if parameter.spec.shard is not None and parameter.spec.shard.dim == 0:
+        for part in rank_slices(parameter, 3, 8):
+            buffer = torch.empty(part.shape, dtype=torch_dtype(parameter.spec.dtype))
+            num_kept += buffer.nbytes
+            for chunk, target in cut_chunks(part, buffer, CHUNK_BYTES):
+                fill(chunk, target, read)
+print(num_read / num_kept, num_kept)
+"""
+
 PLAN_TRANSFORMERS = """
 import torch
 from safetensors.torch import load_file
@@ -208,7 +251,7 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
     from safetensors.torch import save_file
 
     hidden, intermediate, vocab = 2048, 5632, 32000
-    per_layer = 2 * (2 * hidden * hidden + 2 * 512 * hidden + 3 * hidden * intermediate)
+    per_layer = 2 * (2 * hidden * hidden + 2 * 1024 * hidden + 3 * hidden * intermediate)
     num_layers = max(1, round((gigabytes * 1e9 - 4 * vocab * hidden) / per_layer))
     shapes = {"model.embed_tokens": (vocab, hidden), "lm_head": (vocab, hidden), "model.norm": (hidden,)}
     for layer in range(num_layers):
@@ -216,8 +259,8 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
             f"model.layers.{layer}.{name}": shape
             for name, shape in {
                 "self_attn.q_proj": (hidden, hidden),
-                "self_attn.k_proj": (512, hidden),
-                "self_attn.v_proj": (512, hidden),
+                "self_attn.k_proj": (1024, hidden),
+                "self_attn.v_proj": (1024, hidden),
                 "self_attn.o_proj": (hidden, hidden),
                 "mlp.gate_proj": (intermediate, hidden),
                 "mlp.up_proj": (intermediate, hidden),
@@ -235,7 +278,7 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
         "intermediate_size": intermediate,
         "num_hidden_layers": num_layers,
         "num_attention_heads": 16,
-        "num_key_value_heads": 4,
+        "num_key_value_heads": 8,
         "head_dim": 128,
         "dtype": "bfloat16",
     }
@@ -244,7 +287,7 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
 
 
 def measure(code: str, folder: Path, **names: Any) -> tuple[float, int]:
-    """Run one measurement in a process of its own and return (seconds, bytes of memory above the start)."""
+    """Run one measurement in a process of its own and return its two numbers: seconds, and bytes above the start."""
     given = "\n".join(f"{name} = {value!r}" for name, value in names.items())
     command = [sys.executable, "-c", f"{SETUP}\n{given}\n{code}", str(folder)]
     environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
@@ -280,6 +323,7 @@ def main() -> None:
             for at in range(len(cases)):
                 case, (code, names) = cases[(at + round_number) % len(cases)]
                 found[case].append(measure(code, Path(name), **names))
+        amplification, num_kept = measure(RANK, Path(name))
     with tempfile.TemporaryDirectory() as name:
         make_many_tensors(Path(name))
         plans: dict[str, list[tuple[float, int]]] = {"infinilm": [], "transformers": []}
@@ -291,6 +335,10 @@ def main() -> None:
     print(
         f"infinilm {planning['infinilm']:.2f}, transformers' renaming and conversion {planning['transformers']:.2f}\n"
     )
+    print(
+        f"one rank of 8, its {num_kept / 1e6:.0f} MB that are cut along the leading dimension: "
+        f"bytes read over bytes kept {amplification:.3f}\n"
+    )
     print(f"{num_bytes / 1e9:.2f} GB of bfloat16, medians of {arguments.runs}\n")
     print(f"{'':<26}{'seconds':>9}{'GB/s':>8}{'memory / parameters':>22}")
     seconds = {case: statistics.median(run[0] for run in runs) for case, runs in found.items()}
@@ -299,7 +347,8 @@ def main() -> None:
         kept = num_bytes * (2 if case.endswith("float32") else 1)
         print(f"{case:<26}{seconds[case]:>9.2f}{num_bytes / seconds[case] / 1e9:>8.2f}{memory[case] / kept:>22.2f}")
     if arguments.json:
-        figures = rows(found, memory, num_bytes) + plan_rows(plans, planning)
+        read = row("bytes read for one rank of 8 over its parameters", amplification, "ratio", 1.0, "what it keeps")
+        figures = [*rows(found, memory, num_bytes), *plan_rows(plans, planning), read]
         arguments.json.write_text(json.dumps(figures, indent=2))
 
 

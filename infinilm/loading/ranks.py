@@ -53,7 +53,7 @@ def report_rank(plan: LoadPlan, rank: int, world_size: int) -> RankReport:
     """Return what rank `rank` of `world_size` reads. Every parameter must be divisible."""
     num_bytes = needed = read = 0
     for parameter in plan.parameters:
-        for part in _slices(parameter, rank, world_size):
+        for part in rank_slices(parameter, rank, world_size):
             num_bytes += part.num_elements * ITEM_SIZES[parameter.spec.dtype]
             for used, needed_here in _reads(part):
                 read += used
@@ -61,7 +61,7 @@ def report_rank(plan: LoadPlan, rank: int, world_size: int) -> RankReport:
     return RankReport(rank, num_bytes, needed, read, num_bytes + 2 * BYTE_BUDGET)
 
 
-def _slices(parameter: PlannedParameter, rank: int, world_size: int) -> Iterator[StridedTensor]:
+def rank_slices(parameter: PlannedParameter, rank: int, world_size: int) -> Iterator[StridedTensor]:
     """Yield a rank's rows of a parameter: of each segment of a fused dimension by itself."""
     weight, shard = parameter.weight, parameter.spec.shard
     if shard is None or world_size == 1:

@@ -114,6 +114,21 @@ def test_report_of_a_quantized_plan_counts_blocks_and_scales(
         assert report.needed_bytes <= report.read_bytes
 
 
+@pytest.mark.parametrize("dims", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("chunk_bytes", [CHUNK_BYTES, 40_000, 6_000, 1_000])
+def test_chunks_of_a_quantized_tensor_read_no_block_twice(dims: tuple[int, int], chunk_bytes: int) -> None:
+    """Blocks of 40 rows in chunks of 26, 97 and more rows: chunks end where blocks do, also through a transpose."""
+    stored = {"x": torch.randn(400, 192).to(torch.float8_e4m3fn), "x_scale": torch.rand(10, 12)}
+    tensors = {name: StoredTensor(tuple(t.shape), dtype_name(t.dtype), None) for name, t in stored.items()}
+    quantization = Quantization("fp8_block", (40, 16), {"x": {"weight": "x", "scale": "x_scale"}})
+    shape = (stored["x"].shape[dims[0]], stored["x"].shape[dims[1]])
+    turn = Stage(lambda weight: weight.permute(*dims), "test")
+    plan = plan_load(tensors, [turn], {"x": ParameterSpec(shape, "bfloat16", Shard(0))}, quantization)
+    plan.check()
+    _, num_read = read_by_rank(plan, stored, 0, 1, chunk_bytes)
+    assert num_read == sum(tensor.nbytes for tensor in stored.values())
+
+
 def test_what_cannot_be_cut_is_named_with_the_unit(plan: LoadPlan) -> None:
     assert find_indivisible(plan, 4) == []
     assert find_indivisible(plan, 8) == [
