@@ -62,9 +62,12 @@ def _differences(ours: Entry, theirs: Entry) -> list[str]:
     return lines
 
 
-def digest_files(plugin: object) -> dict[str, str]:
-    """Return the SHA-256 of every source file and library of a plugin's module or package, by name."""
-    module = plugin if isinstance(plugin, ModuleType) else sys.modules.get(type(plugin).__module__)
+def digest_files(plugin: object, module_name: str | None) -> dict[str, str]:
+    """Return the SHA-256 of every source file and library of a plugin's module or package, by name.
+
+    `module_name` is the module it was loaded from; for an object of this process it is the one its class lies in.
+    """
+    module = plugin if isinstance(plugin, ModuleType) else sys.modules.get(module_name or type(plugin).__module__)
     file = getattr(module, "__file__", None)
     if file is None:
         return {}

@@ -12,6 +12,7 @@ Register it with `register_model`, give it to `LLM(plugins=[...])`, or name it i
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from types import MappingProxyType
 from typing import Any
 
 from infinilm_hookspecs import (
+    Backend,
+    BackendRequest,
     Checkpoint,
     Config,
     ConfigError,
@@ -32,6 +35,7 @@ from infinilm_hookspecs.state_dicts import RuleChain, StateDictRule
 
 ConfigAdapter = Callable[[dict[str, Any]], Mapping[str, Any]] | Mapping[str, Any]
 StateDictRemapper = Callable[..., Mapping[str, Any]]
+BackendMaker = Callable[[BackendRequest], Backend | None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=True)
@@ -46,6 +50,9 @@ class ModelSpec:
     first argument is called `weight`, is taken as a rule of `remap_weight`. `use_builtin_weight_remapper=False` ends
     the walk after this: the names are those of the backend's parameters.
 
+    `backend` makes the backend of a model that is no known family: it is called with a `BackendRequest`, and answers as
+    `provide_backend` does. As a string, "module:attribute", it is imported only once there is such a model to run.
+
     `processor` names the plugin that makes the processor; `processor_cls` is called with (lineage, checkpoint).
     `metadata` is the owner's to use. Raises `PluginError` for a spec that contradicts itself.
     """
@@ -57,6 +64,7 @@ class ModelSpec:
     weight_remapper: StateDictRemapper | WeightRule | None = None
     weight_rules: tuple[StateDictRemapper | WeightRule, ...] = ()
     use_builtin_weight_remapper: bool = True
+    backend: BackendMaker | str | None = None
     processor: str | None = None
     processor_cls: Callable[[Sequence[Config | DecoderConfig], Checkpoint], Processor] | None = None
     metadata: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
@@ -71,6 +79,8 @@ class ModelSpec:
         object.__setattr__(self, "weight_rules", tuple(self.weight_rules))
         if self.processor is not None and self.processor_cls is not None:
             raise PluginError(f"ModelSpec {types[0]!r}: processor and processor_cls exclude each other")
+        if isinstance(self.backend, str) and not all(self.backend.partition(":")):
+            raise PluginError(f"ModelSpec {types[0]!r}: backend={self.backend!r} is not 'module:attribute'")
 
     def __hash__(self) -> int:
         return hash(self.model_types)
@@ -95,6 +105,14 @@ class ModelSpec:
         return adapted
 
     @hookimpl
+    def provide_backend(self, request: BackendRequest) -> Backend | None:
+        """Answer for a lineage that begins with one of this spec's types, or passes one, with its backend."""
+        if self.backend is None or not any(self.owns(config) for config in request.lineage):
+            return None
+        make = self._import_backend(self.backend) if isinstance(self.backend, str) else self.backend
+        return make(request)
+
+    @hookimpl
     def remap_weight(self, config: Config) -> RuleChain | None:
         """Answer for a config of this spec's types with its remapper and rules, in order."""
         if not self.owns(config):
@@ -113,6 +131,14 @@ class ModelSpec:
         if not any(self.owns(config) for config in lineage):
             return None
         return self.processor_cls(lineage, checkpoint) if self.processor_cls is not None else self.processor
+
+    def _import_backend(self, name: str) -> BackendMaker:
+        module, _, attribute = name.partition(":")
+        try:
+            make: BackendMaker = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as err:
+            raise PluginError(f"ModelSpec {self.model_types[0]!r} names the backend {name!r}: {err}") from err
+        return make
 
     def _adapted(self, config: Config) -> dict[str, Any]:
         plain: dict[str, Any] = thaw(config)
@@ -153,6 +179,12 @@ class ModelSpecs:
     def adapt_config(self, config: Config) -> Config | None:
         """Answer with the spec that owns the config."""
         return next((spec.adapt_config(config) for spec in self.specs if spec.owns(config)), None)
+
+    @hookimpl
+    def provide_backend(self, request: BackendRequest) -> Backend | None:
+        """Answer with the first spec that has a backend for the lineage."""
+        answers = (spec.provide_backend(request) for spec in self.specs)
+        return next((answer for answer in answers if answer is not None), None)
 
     @hookimpl
     def remap_weight(self, config: Config) -> RuleChain | None:
