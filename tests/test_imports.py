@@ -14,8 +14,10 @@ PACKAGES = ("infinilm", "infinilm_hookspecs")
 
 # What each part of the house may import of infinilm; the contract is open to all of it.
 LAYERS = {
-    "cli": {"cli", "llm", "pipeline", "plugins", "loading"},
+    "cli": {"cli", "server", "async_llm", "llm", "pipeline", "plugins", "loading", "outputs", "sampling_params"},
+    "server": {"server", "async_llm", "llm", "plugins", "engine", "outputs", "sampling_params"},
     "llm": {"pipeline", "plugins", "loading", "engine", "progress", "generation_config", "outputs", "sampling_params"},
+    "async_llm": {"llm", "engine", "outputs", "sampling_params"},
     "pipeline": {"plugins", "loading", "hub", "checkpoint_view"},
     "hub": set(),
     "checkpoint_view": set(),
@@ -28,6 +30,7 @@ LAYERS = {
     "processors": {"processors"},
     "backends": {"backends"},
     "platforms": {"platforms"},
+    "testing": {"testing", "backends", "platforms", "llm", "sampling_params"},
     "progress": set(),
     "outputs": set(),
     "sampling_params": set(),
