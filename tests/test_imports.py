@@ -30,6 +30,7 @@ LAYERS = {
     "processors": {"processors"},
     "backends": {"backends"},
     "platforms": {"platforms"},
+    "logits_processors": set(),
     "testing": {"testing", "backends", "platforms", "llm", "sampling_params"},
     "progress": set(),
     "outputs": set(),
