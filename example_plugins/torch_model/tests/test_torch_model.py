@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from infinilm import LLM, SamplingParams
+from infinilm.testing import hook_case, make_request, run_conformance
 from infinilm_hookspecs import ConfigError, InfinilmError, PlanError, UnavailableError
+from infinilm_torch_model.parallax import make_backend
 
 CONFIG: dict[str, Any] = {
     "model_type": "parallax",
@@ -97,6 +100,16 @@ def reference_rotated(head: Tensor) -> Tensor:
 
 def reference_norm(x: Tensor, gain: Tensor) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + CONFIG["norm_eps"]).sqrt() * gain
+
+
+# ---------------------------------------------------------------- the backend's promises
+
+
+def test_conforms() -> None:
+    large = {**CONFIG, "vocab_size": 1 << 17, "width": 8192, "ffn_width": 16384}
+    case = hook_case("parallax", make_backend, make_request(CONFIG), large=large)
+    report = run_conformance(replace(case, reference=lambda values, ids: reference_logits(values, list(ids))))
+    assert report.has_passed, str(report)
 
 
 # ---------------------------------------------------------------- the same answers
