@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from infinilm.llm import LLM
+    from infinilm.native.paths import get_cmake_dir, get_include
     from infinilm.outputs import CompletionOutput, Logprob, RequestOutput
     from infinilm.plugins import create_plugin_manager
     from infinilm.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
 
-__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams", "create_plugin_manager"]
+__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams", "create_plugin_manager", "get_cmake_dir", "get_include"]
 
 _HOMES = {
     "LLM": "infinilm.llm",
@@ -25,6 +26,8 @@ _HOMES = {
     "RequestOutput": "infinilm.outputs",
     "SamplingParams": "infinilm.sampling_params",
     "create_plugin_manager": "infinilm.plugins",
+    "get_cmake_dir": "infinilm.native.paths",
+    "get_include": "infinilm.native.paths",
 }
 
 

@@ -196,7 +196,12 @@ void bind_errors(py::module_ &module) {
 
 void bind_library(py::module_ &module) {
   py::class_<Library, std::shared_ptr<Library>>(module, "Library")
-      .def_readonly("path", &Library::path)
+      .def_property_readonly("path",
+                             [](const Library &library) {
+                               PyObject *path = PyUnicode_DecodeFSDefault(library.path.c_str());
+                               if (path == nullptr) throw py::error_already_set();
+                               return py::reinterpret_steal<py::str>(path);
+                             })
       .def_readonly("name", &Library::name)
       .def_readonly("version", &Library::version)
       .def_readonly("build", &Library::build)
@@ -230,6 +235,7 @@ void bind_library(py::module_ &module) {
 
 void bind_model(py::module_ &module) {
   py::class_<Request>(module, "Request")
+      .def_readonly("device", &Request::device)
       .def(py::init([](std::string config, std::string dtype, std::string device,
                        std::optional<std::string> quantization, std::optional<std::string> stored_quantization,
                        int64_t max_model_len, int64_t max_num_seqs) {

@@ -25,7 +25,7 @@ using FileState = std::tuple<uint64_t, uint64_t, int64_t, int64_t, int64_t>;  //
 
 const std::string kOurAbi = std::to_string(INFINILM_ABI_MAJOR) + "." + std::to_string(INFINILM_ABI_MINOR);
 constexpr uint64_t kHeadSize = offsetof(infinilm_backend_table, build) + sizeof(const char *);
-constexpr std::size_t kNameLimit = 64, kTextLimit = 512;
+constexpr std::size_t kNameLimit = 64, kTextLimit = 512, kReasonLimit = 8192;
 constexpr int kRefusalLimit = 256;
 
 struct Registry {
@@ -54,7 +54,7 @@ std::string describe(const Refusal &refusal) {
 
 [[noreturn]] void refuse(const std::string &path, const char *stage, const std::string &reason,
                          const std::string &abi_found = "") {
-  throw Refused(Refusal{path, stage, reason, abi_found, std::to_string(INFINILM_ABI_MAJOR) + ".x"});
+  throw Refused(Refusal{clean_text(path.c_str(), PATH_MAX), stage, clean_text(reason.c_str(), kReasonLimit), abi_found, std::to_string(INFINILM_ABI_MAJOR) + ".x"});
 }
 
 // ---------------------------------------------------------------- find and read

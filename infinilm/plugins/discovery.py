@@ -19,6 +19,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from infinilm import __version__
+from infinilm.native.libraries import is_library, open_library
 from infinilm.plugins.checks import did_you_mean
 from infinilm.plugins.report import Origin, PluginRecord, Status
 from infinilm_hookspecs import PluginError
@@ -48,8 +49,23 @@ def in_tree() -> dict[str, Candidate]:
         for name in (name for name in names if not name.startswith("_")):
             module = f"{PROJECT_NAME}.{package}.{name}"
             record = PluginRecord(name, Status.ACTIVE, Origin.IN_TREE, PROJECT_NAME, __version__, reference=name)
-            found[name] = Candidate(record, partial(importlib.import_module, module))
+            load: Callable[[], object] = partial(importlib.import_module, module)
+            if name in found:
+                load = partial(_JoinedModules, found[name].load, load)
+            found[name] = Candidate(record, load)
     return found
+
+
+class _JoinedModules:
+    """One in-tree plugin whose hooks are in modules of two packages, each of which imports nothing of the other."""
+
+    def __init__(self, *loads: Callable[[], object]) -> None:
+        self.in_tree_parts = tuple(load() for load in loads)
+        for part in self.in_tree_parts:
+            for name, value in vars(part).items():
+                if hasattr(value, f"{PROJECT_NAME}_impl"):
+                    assert name not in vars(self), f"{name} is implemented twice"
+                    setattr(self, name, value)
 
 
 def installed() -> dict[str, Candidate]:
@@ -92,7 +108,7 @@ def _refuse_requirement(requirements: list[str]) -> str | None:
 
 
 def by_name(name: str, known: Mapping[str, Candidate]) -> Candidate:
-    """Return what the user named: one of `known`, a `.py` file, a module or `module:attribute`.
+    """Return what the user named: one of `known`, a `.py` file, a backend library, a module or `module:attribute`.
 
     Raises `PluginError` for a word that can be none of these.
     """
@@ -105,15 +121,23 @@ def by_name(name: str, known: Mapping[str, Candidate]) -> Candidate:
             raise PluginError(f"plugin file {name!r} does not exist")
         record = replace(record, name=path.name, reference=str(path))
         return Candidate(record, partial(import_file, path), _refuse_source(path))
+    if is_library(name):
+        return of_library(name)
     module = name.partition(":")[0]
     if not all(part.isidentifier() for part in module.split(".")):
         raise PluginError(
-            f"-p {name!r} names no plugin: an entry point, a module, module:attribute or a .py file is wanted "
+            f"-p {name!r} names no plugin: an entry point, a module, module:attribute, a .py or a .so file is wanted "
             "(the prompt of a generation is --prompt)"
         )
     source = _find_source(module)
     refusal = _refuse_source(source) if source is not None else None
     return Candidate(record, partial(_import_attribute, name, tuple(known)), refusal)
+
+
+def of_library(path: str) -> Candidate:
+    """Return a backend library as the candidate it is; it is opened, and has its name, once it is loaded."""
+    record = PluginRecord(Path(path).name, Status.ACTIVE, Origin.NAMED, reference=os.path.realpath(path))
+    return Candidate(record, partial(open_library, path))
 
 
 def _find_source(module: str) -> Path | None:

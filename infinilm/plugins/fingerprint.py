@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 
+from infinilm.native.libraries import BackendLibrary
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -64,6 +66,10 @@ def _differences(ours: Entry, theirs: Entry) -> list[str]:
 
 def digest_files(plugin: object) -> dict[str, str]:
     """Return the SHA-256 of every source file and library of a plugin's module or package, by name."""
+    if isinstance(plugin, BackendLibrary):
+        return {Path(plugin.path).name: _digest(Path(plugin.path))}
+    if isinstance(parts := getattr(plugin, "in_tree_parts", None), tuple):
+        return {f"{part.__name__}:{file}": digest for part in parts for file, digest in digest_files(part).items()}
     module = plugin if isinstance(plugin, ModuleType) else sys.modules.get(type(plugin).__module__)
     file = getattr(module, "__file__", None)
     if file is None:

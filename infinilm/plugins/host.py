@@ -12,6 +12,8 @@ from typing import Any, Generic, TypeVar
 
 import pluggy
 
+from infinilm.native.libraries import BackendLibrary
+from infinilm.plugins import registry
 from infinilm.plugins.checks import check_hooks, did_you_mean
 from infinilm.plugins.fingerprint import Entry, Fingerprint, digest_files
 from infinilm.plugins.report import Origin, PluginRecord, Status
@@ -195,8 +197,11 @@ class PluginManager(pluggy.PluginManager):
         def answer(*arguments: object) -> object:
             self._asking.append(name)
             try:
-                with self._blaming(name, hook):
-                    return self._hear(function(*arguments), name)
+                with self._blaming(name, hook), registry.running_hook():
+                    value = function(*arguments)
+                    if isinstance(value, BackendLibrary):  # provide_backend may answer with a library to ask
+                        value = value.provide_backend(*arguments)
+                    return self._hear(value, name)
             finally:
                 self._asking.pop()
 

@@ -13,12 +13,16 @@ Register it with `register_model`, give it to `LLM(plugins=[...])`, or name it i
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from infinilm.native.libraries import open_library
 from infinilm_hookspecs import (
+    Backend,
+    BackendRequest,
     Checkpoint,
     Config,
     ConfigError,
@@ -46,6 +50,9 @@ class ModelSpec:
     first argument is called `weight`, is taken as a rule of `remap_weight`. `use_builtin_weight_remapper=False` ends
     the walk after this: the names are those of the backend's parameters.
 
+    `backend_plugin`, or each of `backend_plugins` in turn, is the path of a backend library that runs these models. It
+    is loaded when there is one to run, and one that cannot be loaded is an error.
+
     `processor` names the plugin that makes the processor; `processor_cls` is called with (lineage, checkpoint).
     `metadata` is the owner's to use. Raises `PluginError` for a spec that contradicts itself.
     """
@@ -57,6 +64,8 @@ class ModelSpec:
     weight_remapper: StateDictRemapper | WeightRule | None = None
     weight_rules: tuple[StateDictRemapper | WeightRule, ...] = ()
     use_builtin_weight_remapper: bool = True
+    backend_plugin: str | os.PathLike[str] | None = None
+    backend_plugins: tuple[str | os.PathLike[str], ...] = ()
     processor: str | None = None
     processor_cls: Callable[[Sequence[Config | DecoderConfig], Checkpoint], Processor] | None = None
     metadata: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
@@ -69,6 +78,10 @@ class ModelSpec:
         object.__setattr__(self, "model_type", types[0])
         object.__setattr__(self, "model_types", types)
         object.__setattr__(self, "weight_rules", tuple(self.weight_rules))
+        libraries = self.backend_plugins
+        libraries = (libraries,) if isinstance(libraries, str | os.PathLike) else tuple(libraries)
+        first = () if self.backend_plugin is None else (self.backend_plugin,)
+        object.__setattr__(self, "backend_plugins", tuple(dict.fromkeys((*first, *libraries))))
         if self.processor is not None and self.processor_cls is not None:
             raise PluginError(f"ModelSpec {types[0]!r}: processor and processor_cls exclude each other")
 
@@ -93,6 +106,14 @@ class ModelSpec:
         if self.backend_model_type is not None:
             adapted["model_type"] = self.backend_model_type
         return adapted
+
+    @hookimpl
+    def provide_backend(self, request: BackendRequest) -> Backend | None:
+        """Answer for a lineage that begins with one of this spec's types, or passes one, with its backend library."""
+        if not any(self.owns(config) for config in request.lineage):
+            return None
+        answers = (open_library(path).provide_backend(request) for path in self.backend_plugins)
+        return next((answer for answer in answers if answer is not None), None)
 
     @hookimpl
     def remap_weight(self, config: Config) -> RuleChain | None:
@@ -153,6 +174,12 @@ class ModelSpecs:
     def adapt_config(self, config: Config) -> Config | None:
         """Answer with the spec that owns the config."""
         return next((spec.adapt_config(config) for spec in self.specs if spec.owns(config)), None)
+
+    @hookimpl
+    def provide_backend(self, request: BackendRequest) -> Backend | None:
+        """Answer with the first spec that has a backend for the lineage."""
+        answers = (spec.provide_backend(request) for spec in self.specs)
+        return next((answer for answer in answers if answer is not None), None)
 
     @hookimpl
     def remap_weight(self, config: Config) -> RuleChain | None:
