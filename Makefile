@@ -1,14 +1,15 @@
 # make demo    set up and ask the demo model a few sums      make test      set up and run the default suite
 # make check   ruff, mypy strict, the docs                   make test-all  the suite with what is marked slow
+# make bench-deps   set up what the benchmarks compare with
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-EXAMPLES := $(addprefix example_plugins/,minimal mistral_format gguf_format dcp_format)
+EXAMPLES := $(addprefix example_plugins/,minimal torch_model mistral_format gguf_format dcp_format)
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all check clean
+.PHONY: demo test test-all check bench-deps clean
 
 demo: $(INSTALLED)
 	$(BIN)/python example_plugins/minimal/demo.py
@@ -24,6 +25,9 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/docs
+
+bench-deps: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 
 $(INSTALLED): pyproject.toml constraints.txt $(EXAMPLES:=/pyproject.toml)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, and $(PYTHON) is {sys.version}")'

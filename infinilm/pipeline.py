@@ -43,6 +43,7 @@ from infinilm_hookspecs import (
     UnavailableError,
 )
 from infinilm_hookspecs.state_dicts import RuleChain, StateDictRule
+from infinilm_hookspecs.types import LogitsProcessorFactory
 
 _log = logging.getLogger("infinilm")
 
@@ -235,7 +236,9 @@ def choose_backend(pm: PluginManager, request: BackendRequest, name: str = "auto
     )
     backend, heard = pm.call("provide_backend", exclude=exclude, request=request)
     declined = tuple(
-        Decline(answer.plugin, reasons.get(answer.plugin, "gave no reason")) for answer in heard if answer.value is None
+        Decline(answer.plugin, reasons[answer.plugin])
+        for answer in heard
+        if answer.value is None and answer.plugin in reasons  # who says nothing has other models
     )
     if backend is None:
         raise _no_backend(pm, request, declined)
@@ -246,6 +249,10 @@ def choose_backend(pm: PluginManager, request: BackendRequest, name: str = "auto
         raise PluginError(f"the backend of plugin {answer.plugin!r} took a config that is not one of the lineage's")
     if not request.max_model_len:
         raise ConfigError("no config of the lineage has max_position_embeddings; give max_model_len")
+    caveat = getattr(backend, "caveat", None)
+    if caveat is not None:
+        why = "".join(f"; {decline.name} declined it: {decline.reason}" for decline in declined)
+        _log.log(logging.WARNING if name == "auto" else logging.INFO, "%s%s", caveat, why)
     return BackendChoice(backend, answer.plugin, declined)
 
 
@@ -259,16 +266,15 @@ def _find_torch_module(pm: PluginManager, part: Named, config: DecoderConfig) ->
 
 def _no_backend(pm: PluginManager, request: BackendRequest, declined: Sequence[Decline]) -> InfinilmError:
     last = request.lineage[-1]
-    if isinstance(last, DecoderConfig):
-        reasons = "; ".join(f"{decline.name}: {decline.reason}" for decline in declined)
-        return UnavailableError(
-            f"no backend runs this {last.model_type}: {reasons or 'none is loaded'}.{pm.failures()}"
-        )
-    model_type = model_type_of(last)
+    model_type = last.model_type if isinstance(last, DecoderConfig) else model_type_of(last)
     known = sorted({known for record in pm.records for known in record.model_types})
+    if isinstance(last, DecoderConfig) or model_type in known:
+        reasons = "; ".join(f"{decline.name}: {decline.reason}" for decline in declined)
+        return UnavailableError(f"no backend runs this {model_type}: {reasons or 'none is loaded'}.{pm.failures()}")
+    reasons = "".join(f" {decline.name}: {decline.reason}." for decline in declined)
     return ConfigError(
         f"no plugin adapts model_type {model_type!r} (in {str(request.checkpoint.file('config.json'))!r})"
-        f"{did_you_mean(model_type, known)}; known: {', '.join(known) or 'none'}.{pm.failures()}"
+        f"{did_you_mean(model_type, known)}; known: {', '.join(known) or 'none'}.{reasons}{pm.failures()}"
     )
 
 
@@ -314,10 +320,8 @@ def plan_standard_export(
 ) -> tuple[Mapping[str, StoredTensor], LoadPlan]:
     """Return the tensors of the last raw config of the lineage, and the plan from those to the backend's parameters."""
     groups = collect_stages(pm, lineage, choice)
-    raw = len(lineage.stages(choice.backend.config))
-    first = (
-        raw - 1 if len(groups) == raw + 1 else len(groups) - 1
-    )  # where a rule ended the walk, its names are the last
+    raw = sum(not isinstance(config, DecoderConfig) for config in lineage.configs)
+    first = min(raw, len(groups)) - 1  # where a rule ended the walk, its names are the last
     walk = start_walk(checkpoint.tensors, checkpoint.quantization)
     for stage in chain.from_iterable(groups[:first]):
         walk.run(stage)
@@ -364,3 +368,26 @@ def _tokenizer_folder(tokenizer: str) -> Path:
     if not folder.is_dir():
         raise CheckpointError(f"the tokenizer {tokenizer!r} is no folder; give the one its files lie in, or a Hub id")
     return folder
+
+
+# ---------------------------------------------------------------- logits processors
+
+
+def collect_logits_processors(pm: PluginManager, processor: Processor | None) -> Mapping[str, LogitsProcessorFactory]:
+    """Return what plugins offer under the keys of `SamplingParams.extra_args`.
+
+    Raises `PluginError` naming both where two plugins have the same key.
+    """
+    found: dict[str, LogitsProcessorFactory] = {}
+    owners: dict[str, str] = {}
+    for answer in pm.ask_all("provide_logits_processors", processor=processor):
+        if not isinstance(answer.value, Mapping) or not all(callable(factory) for factory in answer.value.values()):
+            raise wrong_answer(pm, answer, "provide_logits_processors", "a mapping from names to factories")
+        for name, factory in answer.value.items():
+            if name in found:
+                raise PluginError(
+                    f"plugins {owners[name]!r} and {answer.plugin!r} both provide the logits processor {name!r}; "
+                    f"settle it with -p no:{owners[name]} or -p no:{answer.plugin}"
+                )
+            found[name], owners[name] = factory, answer.plugin
+    return found

@@ -3,20 +3,31 @@
 `None` always means "not mine". *firstresult* hooks stop at the first answer, the plugin registered last being asked
 first; a `wrapper=True` implementation sees that one answer and may return another. *Exclusive* hooks ask everyone, and
 at most one may claim: a plugin the user named beats discovered and in-tree ones, a discovered one beats another only if
-it says `overrides = ("name", ...)`, and two that remain are an error that names both.
+it says `overrides = ("name", ...)`, and two that remain are an error that names both. Any other hook asks everyone and
+takes all they say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from infinilm_hookspecs.markers import hookspec
 
 if TYPE_CHECKING:
-    from infinilm_hookspecs.config import DecoderConfig
+    from torch.nn import Module
+
+    from infinilm_hookspecs.config import DecoderConfig, Named
     from infinilm_hookspecs.rules import WeightRule
-    from infinilm_hookspecs.types import Backend, BackendRequest, Checkpoint, Config, Platform, Processor
+    from infinilm_hookspecs.types import (
+        Backend,
+        BackendRequest,
+        Checkpoint,
+        Config,
+        LogitsProcessorFactory,
+        Platform,
+        Processor,
+    )
 
 
 @hookspec
@@ -102,6 +113,35 @@ def provide_backend(request: BackendRequest) -> Backend | None:
 
 
 @hookspec(firstresult=True)
+def provide_torch_module(part: Named, config: DecoderConfig) -> Callable[[], Module] | None:
+    """Supply the torch module of a mixer or MLP that the contract does not know.
+
+    Called when: once for every different `Named` part of a model, while a backend that runs torch modules, such as
+        in-tree `torch`, is asked whether it takes the model.
+    Return: what makes the module, called without arguments for every layer that has the part, on torch's meta device.
+        A mixer's `forward` is called with activations and the positions of their tokens, an MLP's with activations
+        (num_tokens, hidden_size), of several sequences end to end; it returns activations. What a token may know of
+        others comes through `infinilm.backends.torch.Attention`. Parameters are called
+        `model.layers.3.self_attn.*` or `model.layers.3.mlp.*`, then as the module calls them.
+    `None` means: not this plugin's part. Where nobody answers, the backend declines the model by the part's name.
+    Dispatch: firstresult.
+    Args:
+        part: its `name` says what it is; sizes are in its `options`.
+        config: the whole model, for `hidden_size`.
+    Raises: `ConfigError` when the part is this plugin's and its options are not what it knows.
+
+    Example:
+        >>> class SquaredRelu:
+        ...     @hookimpl
+        ...     def provide_torch_module(self, part, config):
+        ...         if part.name == "squared_relu":
+        ...             from acme_infinilm.modules import SquaredReluMlp  # torch is imported here, not before
+        ...
+        ...             return lambda: SquaredReluMlp(config.hidden_size, **part.options)
+    """
+
+
+@hookspec(firstresult=True)
 def remap_weight(config: Config) -> WeightRule | None:
     """Say how the weights of one stage get the names and shapes of the next.
 
@@ -142,4 +182,30 @@ def select_processor(lineage: Sequence[Config | DecoderConfig], checkpoint: Chec
         ...     def select_processor(self, lineage, checkpoint):
         ...         if lineage[0].get("model_type") == "qwen9":
         ...             return Qwen9Processor(checkpoint.file("qwen9.vocab"))
+    """
+
+
+@hookspec
+def provide_logits_processors(processor: Processor | None) -> Mapping[str, LogitsProcessorFactory] | None:
+    """Take part in choosing tokens: change the logits of the requests that ask for it.
+
+    Called when: once per `LLM`, after the processor is chosen. What is returned is used for every request.
+    Return: factories by name. A request whose `SamplingParams.extra_args` has that name as a key gets
+        `factory(value)` once for each of its answers: a `LogitsProcessor` that may keep a state.
+    `None` means: this plugin has none.
+    Dispatch: everyone is asked, and all that is offered is there; one name from two plugins is an error naming both.
+    Args:
+        processor: the model's, or `None` where it takes and gives token ids only.
+    Raises: nothing here; a factory raises `RequestError` for a value that is not allowed.
+
+    Example:
+        >>> def forbid(token_id):
+        ...     def process(prompt_token_ids, token_ids, logits):
+        ...         logits[token_id] = -math.inf
+        ...         return logits
+        ...     return process
+        >>> class Forbidding:
+        ...     @hookimpl
+        ...     def provide_logits_processors(self, processor):
+        ...         return {"forbid": forbid}
     """

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from infinilm_hookspecs.config import DecoderConfig
+from infinilm_hookspecs.config import DecoderConfig, Named
 from infinilm_hookspecs.parameters import ParameterSpec
 
 if TYPE_CHECKING:
     import numpy
     from torch import Tensor
+    from torch.nn import Module
 
     from infinilm_hookspecs.rules import WeightRule
 
@@ -110,6 +111,7 @@ class BackendRequest:
     """What is asked of a backend. `lineage` ends with the latest config; take the last one you understand.
 
     `dtype` is the one to compute in and `device` where; `max_model_len` is in tokens, 0 where no config says.
+    `torch_module` asks the plugins' `provide_torch_module` for a `Named` part of a config.
     """
 
     lineage: tuple[Config | DecoderConfig, ...]
@@ -124,6 +126,9 @@ class BackendRequest:
     max_model_len: int
     max_num_seqs: int
     on_decline: Callable[[str], None] = field(repr=False, compare=False, default=lambda reason: None)
+    torch_module: Callable[[Named, DecoderConfig], Callable[[], Module] | None] = field(
+        repr=False, compare=False, default=lambda part, config: None
+    )
 
     def decline(self, reason: str) -> Any:  # None; Any lets a typed plugin write `return request.decline(...)`
         """Record why this backend does not take the model, and return `None` for the hook to return."""
@@ -211,11 +216,26 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ParsedText:
-    """What a piece of a model's answer turned out to be."""
+    """What a piece of a model's answer turned out to be. Pieces add up with `+`: to the whole answer, in the end.
+
+    A tool call comes in parts, each a mapping with `index`, which counts the calls of one answer from 0. The first part
+    of a call has its `name`, and `id` where the model wrote one before the arguments; any part may have `arguments`,
+    the next characters of a JSON object. Where an answer breaks off, so do the arguments: whoever calls the tool checks
+    them.
+    """
 
     content: str = ""
     reasoning: str = ""
     tool_calls: tuple[Mapping[str, Any], ...] = ()
+
+    def __add__(self, other: ParsedText) -> ParsedText:
+        """Return both texts end to end, and one mapping for every tool call."""
+        calls: dict[int, dict[str, Any]] = {}
+        for part in (*self.tool_calls, *other.tool_calls):
+            known = calls.get(part["index"], {})
+            arguments = known.get("arguments", "") + part.get("arguments", "")
+            calls[part["index"]] = {**known, **part, "arguments": arguments}
+        return ParsedText(self.content + other.content, self.reasoning + other.reasoning, tuple(calls.values()))
 
 
 class TokenStream(Protocol):
@@ -226,10 +246,19 @@ class TokenStream(Protocol):
 
 
 class ResponseParser(Protocol):
-    """Sorts one answer's text into content, reasoning and tool calls as it comes."""
+    """Sorts one answer's text into content, reasoning and tool calls as it comes.
+
+    However the text is cut into pieces, what `put` and then `finish` return adds up to the same.
+    """
+
+    reads_special_tokens: bool
+    """Whether it looks for special tokens: it is then to be given the text of `stream(skip_special_tokens=False)`."""
 
     def put(self, text: str) -> ParsedText:
         """Return what is certain now."""
+
+    def finish(self) -> ParsedText:
+        """Return what was held back and cannot become anything else now: the answer has ended."""
 
 
 @runtime_checkable
@@ -244,7 +273,7 @@ class Processor(Protocol):
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of `token_ids`."""
 
-    def stream(self) -> TokenStream:
+    def stream(self, *, skip_special_tokens: bool = True) -> TokenStream:
         """Return a fresh detokenizer for one sequence."""
 
     def render_chat(
@@ -257,8 +286,28 @@ class Processor(Protocol):
     ) -> str:
         """Return the prompt text of a conversation. Raises `RequestError` where there is no chat template."""
 
-    def parser(self, *, tools: Sequence[Mapping[str, Any]] | None = None) -> ResponseParser:
-        """Return a fresh parser for one answer."""
+    def parser(self, *, tools: Sequence[Mapping[str, Any]] | None = None, prompt: str = "") -> ResponseParser:
+        """Return a fresh parser for one answer to `prompt`, which may end inside the answer's reasoning.
+
+        Without `tools`, what looks like a call of one is content.
+        """
 
     def token_bytes(self) -> Sequence[bytes | None]:
         """Return the bytes each token stands for, `None` for special tokens; for constrained decoding."""
+
+
+# ---------------------------------------------------------------- choosing tokens
+
+
+class LogitsProcessor(Protocol):
+    """Changes the logits of one answer before each of its tokens is chosen. Each answer has one of its own."""
+
+    def __call__(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int], logits: Tensor) -> Tensor:
+        """Return the logits, float32 (vocab_size,), after what was generated so far, `token_ids`.
+
+        `logits` may be changed in place, is on the device of the model, and -inf forbids a token.
+        """
+
+
+LogitsProcessorFactory = Callable[[Any], LogitsProcessor]
+"""Makes the processor of one answer from the value of its `SamplingParams.extra_args`. Raises `RequestError`."""

@@ -24,13 +24,16 @@ class OpenFiles:
 
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
+        self._modified: dict[int, int] = {}  # by descriptor: when the file was last written to, in nanoseconds
 
     def open(self, path: Path) -> int:
         """Open a file, once, and return its size in bytes."""
         try:
             if path not in self._descriptors:
                 self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            return os.fstat(self._descriptors[path]).st_size
+            status = os.fstat(self._descriptors[path])
+            self._modified.setdefault(self._descriptors[path], status.st_mtime_ns)
+            return status.st_size
         except OSError as err:
             raise CheckpointError(f"{str(path)!r} cannot be read: {err.strerror}") from err
 
@@ -58,6 +61,8 @@ class OpenFiles:
                     f"the file is too short, wanted {len(buffer)} bytes, got {done}; was it changed while it was read?"
                 )
             done += count
+        if os.fstat(descriptor).st_mtime_ns != self._modified[descriptor]:
+            raise failed("the file was written to after its header was read; load it again once nobody writes to it")
 
     def read(self, path: Path, offset: int, length: int, what: str) -> bytearray:
         """Return `length` bytes from `offset` on."""
@@ -82,6 +87,7 @@ class OpenFiles:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+        self._modified.clear()
 
 
 def bytes_of(out: Tensor, dtype: str, region: Sequence[slice]) -> memoryview:

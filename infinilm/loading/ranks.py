@@ -52,10 +52,11 @@ def find_indivisible(plan: LoadPlan, world_size: int) -> list[str]:
 def report_rank(plan: LoadPlan, rank: int, world_size: int) -> RankReport:
     """Return what rank `rank` of `world_size` reads. Every parameter must be divisible."""
     num_bytes = needed = read = 0
+    computed: set[int] = set()
     for parameter in plan.parameters:
         for part in rank_slices(parameter, rank, world_size):
             num_bytes += part.num_elements * ITEM_SIZES[parameter.spec.dtype]
-            for used, needed_here in _reads(part):
+            for used, needed_here in _reads(part, computed):
                 read += used
                 needed += needed_here
     return RankReport(rank, num_bytes, needed, read, num_bytes + 2 * BYTE_BUDGET)
@@ -78,14 +79,18 @@ def _rows(weight: StridedTensor, shard: Shard, start: int, extent: int) -> Strid
     return weight[(slice(None),) * shard.dim + (slice(start, start + extent),)]
 
 
-def _reads(weight: StridedTensor) -> Iterator[tuple[int, int]]:
+def _reads(weight: StridedTensor, computed: set[int]) -> Iterator[tuple[int, int]]:
     """Yield (bytes read, bytes needed) for every piece of a weight.
 
-    Behind a step, what the step reads is needed: once, though chunks may read the blocks they share again.
+    Behind a step, what the step reads is needed: once, though chunks may read the blocks they share again. A step for
+    whole tensors is carried out once, whoever takes from its result: `computed` are the sources it made so far.
     """
     for piece in weight.pieces:
         step = piece.source.deferred
         if step is not None and step.parts is None:
+            if id(piece.source) in computed:
+                continue
+            computed.add(id(piece.source))
             read = _read_at_once(piece)
             yield read, read
             continue

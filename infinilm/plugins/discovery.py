@@ -29,6 +29,7 @@ RANGE_ATTRIBUTE = "requires_infinilm"
 """What a module without a distribution calls its range of infinilm versions, such as ">=0.1,<0.3"."""
 
 _IN_TREE_PACKAGES = ("platforms", "checkpoints", "models", "backends", "processors")
+_ASKED_LAST = "transformers"  # it takes whatever nobody else does
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +42,24 @@ class Candidate:
 
 
 def in_tree() -> dict[str, Candidate]:
-    """Return every in-tree plugin by name: each public module of the packages that hold them."""
+    """Return every in-tree plugin by name, in the order they are registered: the last is asked first.
+
+    Each public module of the packages that hold them is one.
+    """
     found: dict[str, Candidate] = {}
     for package in _IN_TREE_PACKAGES:
         folder = Path(__file__).parent.parent / package
         names = sorted(module.name for module in pkgutil.iter_modules([str(folder)]))
         for name in (name for name in names if not name.startswith("_")):
             module = f"{PROJECT_NAME}.{package}.{name}"
-            record = PluginRecord(name, Status.ACTIVE, Origin.IN_TREE, PROJECT_NAME, __version__, reference=name)
+            record = PluginRecord(
+                name, Status.ACTIVE, Origin.IN_TREE, PROJECT_NAME, __version__, reference=name, module=module
+            )
             load: Callable[[], object] = partial(importlib.import_module, module)
             if name in found:
                 load = partial(_JoinedModules, found[name].load, load)
             found[name] = Candidate(record, load)
-    return found
+    return dict(sorted(found.items(), key=lambda item: item[0] != _ASKED_LAST))
 
 
 class _JoinedModules:
@@ -79,7 +85,7 @@ def installed() -> dict[str, Candidate]:
 def _of_entry_points(name: str, points: list[EntryPoint]) -> Candidate:
     point = points[0]
     dist = point.dist
-    record = PluginRecord(name, Status.ACTIVE, Origin.ENTRY_POINT, reference=name)
+    record = PluginRecord(name, Status.ACTIVE, Origin.ENTRY_POINT, reference=name, module=point.module)
     if dist is not None:
         record = replace(record, distribution=dist.name, version=dist.version)
     if len(points) > 1:
@@ -119,7 +125,7 @@ def by_name(name: str, known: Mapping[str, Candidate]) -> Candidate:
         path = Path(name).absolute()
         if not path.is_file():
             raise PluginError(f"plugin file {name!r} does not exist")
-        record = replace(record, name=path.name, reference=str(path))
+        record = replace(record, name=path.name, reference=str(path), module=_module_name(path))
         return Candidate(record, partial(import_file, path), _refuse_source(path))
     if is_library(name):
         return of_library(name)
@@ -129,6 +135,7 @@ def by_name(name: str, known: Mapping[str, Candidate]) -> Candidate:
             f"-p {name!r} names no plugin: an entry point, a module, module:attribute, a .py or a .so file is wanted "
             "(the prompt of a generation is --prompt)"
         )
+    record = replace(record, module=module)
     source = _find_source(module)
     refusal = _refuse_source(source) if source is not None else None
     return Candidate(record, partial(_import_attribute, name, tuple(known)), refusal)
@@ -162,9 +169,13 @@ def _refuse_source(path: Path) -> str | None:
     return None
 
 
+def _module_name(path: Path) -> str:
+    return f"infinilm_plugin_file_{path.stem}"
+
+
 def import_file(path: Path) -> object:
     """Import a `.py` file as a module of its own."""
-    module_name = f"infinilm_plugin_file_{path.stem}"
+    module_name = _module_name(path)
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None
     assert spec.loader is not None

@@ -64,13 +64,16 @@ def _differences(ours: Entry, theirs: Entry) -> list[str]:
     return lines
 
 
-def digest_files(plugin: object) -> dict[str, str]:
-    """Return the SHA-256 of every source file and library of a plugin's module or package, by name."""
+def digest_files(plugin: object, module_name: str | None) -> dict[str, str]:
+    """Return the SHA-256 of every source file and library of a plugin's module or package, by name.
+
+    `module_name` is the module it was loaded from; for an object of this process it is the one its class lies in.
+    """
     if isinstance(plugin, BackendLibrary):
         return {Path(plugin.path).name: _digest(Path(plugin.path))}
     if isinstance(parts := getattr(plugin, "in_tree_parts", None), tuple):
-        return {f"{part.__name__}:{file}": digest for part in parts for file, digest in digest_files(part).items()}
-    module = plugin if isinstance(plugin, ModuleType) else sys.modules.get(type(plugin).__module__)
+        return {f"{part.__name__}:{file}": sha for part in parts for file, sha in digest_files(part, None).items()}
+    module = plugin if isinstance(plugin, ModuleType) else sys.modules.get(module_name or type(plugin).__module__)
     file = getattr(module, "__file__", None)
     if file is None:
         return {}

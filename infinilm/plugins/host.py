@@ -97,7 +97,7 @@ class PluginManager(pluggy.PluginManager):
         return Fingerprint(tuple(self._entry(r) for r in self.records if r.status is Status.ACTIVE))
 
     def _entry(self, record: PluginRecord) -> Entry:
-        files = digest_files(self.get_plugin(record.name))
+        files = digest_files(self.get_plugin(record.name), record.module)
         origin = str(record.origin)
         return Entry(record.name, origin, record.distribution, record.version, record.reference, files)
 

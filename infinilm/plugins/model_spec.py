@@ -12,6 +12,7 @@ Register it with `register_model`, give it to `LLM(plugins=[...])`, or name it i
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,7 @@ from infinilm_hookspecs.state_dicts import RuleChain, StateDictRule
 
 ConfigAdapter = Callable[[dict[str, Any]], Mapping[str, Any]] | Mapping[str, Any]
 StateDictRemapper = Callable[..., Mapping[str, Any]]
+BackendMaker = Callable[[BackendRequest], Backend | None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=True)
@@ -49,6 +51,9 @@ class ModelSpec:
     weights by name and return the dict that replaces them; what it leaves out is dropped. A table, or a function whose
     first argument is called `weight`, is taken as a rule of `remap_weight`. `use_builtin_weight_remapper=False` ends
     the walk after this: the names are those of the backend's parameters.
+
+    `backend` makes the backend of a model that is no known family: it is called with a `BackendRequest`, and answers as
+    `provide_backend` does. As a string, "module:attribute", it is imported only once there is such a model to run.
 
     `backend_plugin`, or each of `backend_plugins` in turn, is the path of a backend library that runs these models. It
     is loaded when there is one to run, and one that cannot be loaded is an error.
@@ -64,6 +69,7 @@ class ModelSpec:
     weight_remapper: StateDictRemapper | WeightRule | None = None
     weight_rules: tuple[StateDictRemapper | WeightRule, ...] = ()
     use_builtin_weight_remapper: bool = True
+    backend: BackendMaker | str | None = None
     backend_plugin: str | os.PathLike[str] | None = None
     backend_plugins: tuple[str | os.PathLike[str], ...] = ()
     processor: str | None = None
@@ -84,6 +90,8 @@ class ModelSpec:
         object.__setattr__(self, "backend_plugins", tuple(dict.fromkeys((*first, *libraries))))
         if self.processor is not None and self.processor_cls is not None:
             raise PluginError(f"ModelSpec {types[0]!r}: processor and processor_cls exclude each other")
+        if isinstance(self.backend, str) and not all(self.backend.partition(":")):
+            raise PluginError(f"ModelSpec {types[0]!r}: backend={self.backend!r} is not 'module:attribute'")
 
     def __hash__(self) -> int:
         return hash(self.model_types)
@@ -109,11 +117,17 @@ class ModelSpec:
 
     @hookimpl
     def provide_backend(self, request: BackendRequest) -> Backend | None:
-        """Answer for a lineage that begins with one of this spec's types, or passes one, with its backend library."""
+        """Answer for a lineage that begins with one of this spec's types, or passes one, with its backend."""
         if not any(self.owns(config) for config in request.lineage):
             return None
-        answers = (open_library(path).provide_backend(request) for path in self.backend_plugins)
-        return next((answer for answer in answers if answer is not None), None)
+        for path in self.backend_plugins:
+            backend = open_library(path).provide_backend(request)
+            if backend is not None:
+                return backend
+        if self.backend is None:
+            return None
+        make = self._import_backend(self.backend) if isinstance(self.backend, str) else self.backend
+        return make(request)
 
     @hookimpl
     def remap_weight(self, config: Config) -> RuleChain | None:
@@ -134,6 +148,14 @@ class ModelSpec:
         if not any(self.owns(config) for config in lineage):
             return None
         return self.processor_cls(lineage, checkpoint) if self.processor_cls is not None else self.processor
+
+    def _import_backend(self, name: str) -> BackendMaker:
+        module, _, attribute = name.partition(":")
+        try:
+            make: BackendMaker = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as err:
+            raise PluginError(f"ModelSpec {self.model_types[0]!r} names the backend {name!r}: {err}") from err
+        return make
 
     def _adapted(self, config: Config) -> dict[str, Any]:
         plain: dict[str, Any] = thaw(config)

@@ -34,7 +34,8 @@ class Status(StrEnum):
 class PluginRecord:
     """One plugin. `import_ms` is in milliseconds; `error` says why a failed one failed.
 
-    `reference` is the name, module or path by which it can be loaded again; `None` for an object of this process.
+    `reference` is the name, module or path by which it can be loaded again, and `module` where its code lies; `None`
+    for an object of this process.
     """
 
     name: str
@@ -47,6 +48,7 @@ class PluginRecord:
     import_ms: float = 0.0
     error: str | None = None
     reference: str | None = None
+    module: str | None = None
 
     def describe(self) -> str:
         """Return the plugin's name with the distribution it comes from, for messages."""
@@ -54,7 +56,7 @@ class PluginRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as plain JSON types."""
-        return {name: value for name, value in asdict(self).items() if name != "reference"}
+        return {name: value for name, value in asdict(self).items() if name not in ("reference", "module")}
 
 
 def render_table(records: list[PluginRecord]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from infinilm.processors._byte_level_bpe import open_byte_level_bpe
 from infinilm.processors._chat_template import ChatTemplate
-from infinilm.processors._response_parsers import ContentParser
+from infinilm.processors._response_formats import recognise_format
 from infinilm.processors._special_tokens import eos_token_ids, special_tokens
 from infinilm.processors._token_bytes import vocabulary
 from infinilm.processors._token_streams import ByteStream, WindowStream, decode_bytes
@@ -33,6 +33,7 @@ class HuggingFaceProcessor:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._chat_template = chat_template
+        self._response_format = recognise_format(chat_template.sources)
         self._vocabulary = vocabulary(tokenizer)
         added = tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
@@ -63,11 +64,12 @@ class HuggingFaceProcessor:
         token_bytes = self._text_bytes if skip_special_tokens else self._bytes
         return decode_bytes(map(token_bytes, token_ids), self._vocabulary.num_stripped)
 
-    def stream(self) -> TokenStream:
-        """Return a fresh detokenizer, which skips special tokens."""
+    def stream(self, *, skip_special_tokens: bool = True) -> TokenStream:
+        """Return a fresh detokenizer."""
         if self._vocabulary.is_exact:
-            return ByteStream(self._text_bytes, self._vocabulary.num_stripped)
-        return WindowStream(self.decode)
+            token_bytes = self._text_bytes if skip_special_tokens else self._bytes
+            return ByteStream(token_bytes, self._vocabulary.num_stripped)
+        return WindowStream(partial(self.decode, skip_special_tokens=skip_special_tokens))
 
     def render_chat(
         self,
@@ -80,9 +82,9 @@ class HuggingFaceProcessor:
         """Return the prompt text of a conversation. Raises `RequestError` where there is no chat template."""
         return self._chat_template.render(messages, tools, add_generation_prompt, template_kwargs)
 
-    def parser(self, *, tools: Sequence[Mapping[str, Any]] | None = None) -> ResponseParser:
-        """Return a parser that takes all text for content."""
-        return ContentParser()
+    def parser(self, *, tools: Sequence[Mapping[str, Any]] | None = None, prompt: str = "") -> ResponseParser:
+        """Return a parser for one answer to `prompt`, in the format that the chat template speaks of."""
+        return self._response_format.parser(tools, prompt, self._is_special)
 
     def token_bytes(self) -> Sequence[bytes | None]:
         """Return the bytes of each token id, `None` for special tokens and ids without a token."""
@@ -92,6 +94,9 @@ class HuggingFaceProcessor:
             if token_id not in self._special_ids:
                 result[token_id] = self._bytes(token_id)
         return result
+
+    def _is_special(self, text: str) -> bool:
+        return self._tokenizer.token_to_id(text) in self._special_ids
 
     def _text_bytes(self, token_id: int) -> bytes:
         return b"" if token_id in self._special_ids else self._bytes(token_id)

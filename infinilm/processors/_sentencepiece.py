@@ -14,7 +14,7 @@ from typing import Any
 
 from infinilm.processors._chat_template import ChatTemplate
 from infinilm.processors._checkpoint_json import read_json
-from infinilm.processors._response_parsers import ContentParser
+from infinilm.processors._response_formats import recognise_format
 from infinilm.processors._special_tokens import AddedToken, eos_token_ids, read_added_tokens, special_tokens
 from infinilm.processors._token_streams import ByteStream, decode_bytes
 from infinilm_hookspecs import Checkpoint, CheckpointError, Config, DecoderConfig, RequestError, UnavailableError
@@ -99,6 +99,7 @@ class SentencePieceProcessor:
         self._by_length = sorted(added, key=lambda token: -len(token.content))
         self._pattern = re.compile("|".join(map(_pattern, self._by_length))) if added else None
         self._chat_template = chat_template
+        self._response_format = recognise_format(chat_template.sources)
         self._before, self._after = before, after
         self._is_legacy = is_legacy
         self._num_stripped = 1 if pieces.adds_prefix else 0
@@ -157,9 +158,9 @@ class SentencePieceProcessor:
         token_bytes = self._text_bytes if skip_special_tokens else self._bytes
         return decode_bytes(map(token_bytes, token_ids), self._num_stripped)
 
-    def stream(self) -> TokenStream:
-        """Return a fresh detokenizer, which skips special tokens."""
-        return ByteStream(self._text_bytes, self._num_stripped)
+    def stream(self, *, skip_special_tokens: bool = True) -> TokenStream:
+        """Return a fresh detokenizer."""
+        return ByteStream(self._text_bytes if skip_special_tokens else self._bytes, self._num_stripped)
 
     def render_chat(
         self,
@@ -172,9 +173,9 @@ class SentencePieceProcessor:
         """Return the prompt text of a conversation. Raises `RequestError` where there is no chat template."""
         return self._chat_template.render(messages, tools, add_generation_prompt, template_kwargs)
 
-    def parser(self, *, tools: Sequence[Mapping[str, Any]] | None = None) -> ResponseParser:
-        """Return a parser that takes all text for content."""
-        return ContentParser()
+    def parser(self, *, tools: Sequence[Mapping[str, Any]] | None = None, prompt: str = "") -> ResponseParser:
+        """Return a parser for one answer to `prompt`, in the format that the chat template speaks of."""
+        return self._response_format.parser(tools, prompt, self._is_special_text)
 
     def token_bytes(self) -> Sequence[bytes | None]:
         """Return the bytes of each token id, `None` for special tokens and ids without a token."""
@@ -194,6 +195,11 @@ class SentencePieceProcessor:
         if token_id in self._added:
             return self._added[token_id].is_special
         return not 0 <= token_id < self._pieces.size or self._pieces.is_special(token_id)
+
+    def _is_special_text(self, text: str) -> bool:
+        added = (token.token_id for token in self._by_length if token.content == text)
+        token_id = next(added, self._pieces.token_id(text))
+        return token_id is not None and self._is_special(token_id)
 
     def _compute_bytes(self, token_id: int) -> bytes:
         if token_id in self._added:

@@ -51,12 +51,20 @@ def read_added_tokens(checkpoint: Checkpoint, token_to_id: Callable[[str], int |
 
 
 def eos_token_ids(lineage: Sequence[Config | DecoderConfig], checkpoint: Checkpoint, own: int | None) -> frozenset[int]:
-    """Take the first that says: `generation_config.json`, a config of the lineage, the tokenizer with its `own`."""
-    configs = [config for config in lineage if isinstance(config, Mapping)]
-    for config in (read_json(checkpoint, "generation_config.json"), *configs):
+    """Take the first that says: `generation_config.json`, a config of the lineage, the tokenizer with its `own`.
+
+    Raises `CheckpointError` where that is neither a token id nor several.
+    """
+    configs = [("the model's config", config) for config in lineage if isinstance(config, Mapping)]
+    for where, config in (("generation_config.json", read_json(checkpoint, "generation_config.json")), *configs):
         value = config.get("eos_token_id")
         if value is not None:
-            return frozenset(value) if isinstance(value, Sequence) else frozenset([value])
+            ids = value if isinstance(value, list | tuple) else [value]
+            if not all(type(token_id) is int for token_id in ids):
+                raise CheckpointError(
+                    f"eos_token_id of {where} is {value!r:.80}; a token id or a list of them is wanted"
+                )
+            return frozenset(ids)
     return frozenset() if own is None else frozenset([own])
 
 

@@ -242,7 +242,7 @@ def test_experts(moe, num_tokens):
     weights = {name.removeprefix(prefix): backend.destination(name) for name in names}
     x = torch.randn(num_tokens, 16, generator=torch.Generator().manual_seed(0))
     expected = torch.stack([expected_experts(moe, weights, token) for token in x])
-    torch.testing.assert_close(backend._decoder._layers[0]._mlp(x), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(backend._run._layers[0]._mlp(x), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_experts_of_a_layer_lie_in_two_buffers():
@@ -311,4 +311,4 @@ def test_norms(kind, offset, bias):
     expected = centred / (centred.square().mean(-1, keepdim=True) + 0.1).sqrt() * (offset + stored["model.norm.weight"])
     if bias:
         expected = expected + stored["model.norm.bias"]
-    torch.testing.assert_close(backend._decoder._final_norm(x), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(backend._run._final_norm(x), expected, atol=1e-5, rtol=1e-5)

@@ -496,6 +496,21 @@ def test_file_replaced_after_it_was_opened_is_read_as_it_was(tmp_path: Path) -> 
         assert torch.equal(read(checkpoint, "a"), torch.ones(4))
 
 
+def test_file_written_to_after_it_was_opened_is_an_error_though_its_length_is_the_same(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, {"a": torch.ones(4), "b": torch.ones(4)})
+    path = folder / "model.safetensors"
+    opened_at = path.stat().st_mtime_ns
+    with closing(opened(folder)) as checkpoint:
+        assert torch.equal(read(checkpoint, "a"), torch.ones(4))
+        with path.open("r+b") as file:
+            file.seek(-4, os.SEEK_END)
+            file.write(b"\0\0\0\0")
+        os.utime(path, ns=(opened_at, opened_at + 1))  # the clock of some file systems is coarse
+        message = rf"'{path}', tensor 'b' at offset \d+: the file was written to after its header was read"
+        with pytest.raises(CheckpointError, match=message):
+            read(checkpoint, "b")
+
+
 # ---------------------------------------------------------------- indices that lie
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

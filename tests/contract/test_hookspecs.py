@@ -16,10 +16,15 @@ GOLDEN = {
     "open_checkpoint": ("(source: 'str') -> 'Checkpoint | None'", False),
     "adapt_config": ("(config: 'Config') -> 'Config | DecoderConfig | None'", True),
     "provide_backend": ("(request: 'BackendRequest') -> 'Backend | None'", True),
+    "provide_torch_module": ("(part: 'Named', config: 'DecoderConfig') -> 'Callable[[], Module] | None'", True),
     "remap_weight": ("(config: 'Config') -> 'WeightRule | None'", True),
     "select_processor": (
         "(lineage: 'Sequence[Config | DecoderConfig]', checkpoint: 'Checkpoint') -> 'Processor | None'",
         True,
+    ),
+    "provide_logits_processors": (
+        "(processor: 'Processor | None') -> 'Mapping[str, LogitsProcessorFactory] | None'",
+        False,
     ),
 }
 

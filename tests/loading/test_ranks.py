@@ -129,6 +129,19 @@ def test_chunks_of_a_quantized_tensor_read_no_block_twice(dims: tuple[int, int],
     assert num_read == sum(tensor.nbytes for tensor in stored.values())
 
 
+def test_a_step_that_several_parameters_share_reads_once() -> None:
+    def halves(weight: Weight) -> list[Weight]:
+        both = weight.apply(torch.neg)
+        return [both[:4].rename("upper"), both[4:].rename("lower")]
+
+    spec = ParameterSpec((4, 4), "float32", Shard(0))
+    tensors = {"x": StoredTensor((8, 4), "float32", None)}
+    plan = plan_load(tensors, [Stage(halves, "test")], {"upper": spec, "lower": spec})
+    plan.check()
+    report = report_rank(plan, 0, 2)
+    assert (report.num_bytes, report.read_bytes, report.needed_bytes) == (64, 128, 128)
+
+
 def test_what_cannot_be_cut_is_named_with_the_unit(plan: LoadPlan) -> None:
     assert find_indivisible(plan, 4) == []
     assert find_indivisible(plan, 8) == [

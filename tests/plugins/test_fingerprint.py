@@ -48,6 +48,15 @@ def test_fingerprint_pickles_and_travels_as_json(folder: Path) -> None:
     assert create_plugin_manager().explain_difference(fingerprint) == []
 
 
+def test_a_spec_is_known_by_the_files_of_its_package(folder: Path) -> None:
+    (folder / "spec_module.py").write_text(
+        "from infinilm.plugins import ModelSpec\nspec = ModelSpec(model_type='acme', backend_model_type='llama')\n"
+    )
+    fingerprint = create_plugin_manager(plugins=["spec_module:spec"]).fingerprint()
+    entry = fingerprint.entries[-1]
+    assert (entry.name, list(entry.files)) == ("spec_module:spec", ["spec_module.py"])
+
+
 def test_difference_is_named_line_by_line(folder: Path) -> None:
     pm = create_plugin_manager()
     before = pm.fingerprint()

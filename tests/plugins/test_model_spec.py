@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +18,8 @@ from torch import Tensor
 from infinilm.loading.plan import plan_load
 from infinilm.loading.stages import Stage, Walk
 from infinilm.loading.values import evaluate
+from infinilm.pipeline import choose_backend
+from infinilm.platforms.cpu import CpuPlatform
 from infinilm.plugins import (
     ModelSpec,
     PluginManager,
@@ -26,7 +31,18 @@ from infinilm.plugins import (
     trace_lineage,
 )
 from infinilm.plugins import adapt_config as adapt_config_of
-from infinilm_hookspecs import DROP, ConfigError, ParameterSpec, PluginError, StoredTensor, Weight, WeightError
+from infinilm.plugins.loading import register_found
+from infinilm_hookspecs import (
+    DROP,
+    BackendRequest,
+    ConfigError,
+    InfinilmError,
+    ParameterSpec,
+    PluginError,
+    StoredTensor,
+    Weight,
+    WeightError,
+)
 from infinilm_hookspecs.state_dicts import RuleChain, StateDictRule
 
 StateDict = dict[str, Any]
@@ -380,11 +396,75 @@ def test_same_spec_again_is_fine_and_another_is_an_error(registered: ModelSpec) 
         (lambda: register_model("acme"), "takes a ModelSpec, not 'acme'"),  # type: ignore[arg-type]  # the mistake
         (lambda: ModelSpec(backend_model_type="x"), "give model_type"),
         (lambda: ModelSpec(model_type="a", processor="p", processor_cls=object), "exclude each other"),  # type: ignore[arg-type]  # not reached
+        (lambda: ModelSpec(model_type="a", backend="acme.backend"), "backend='acme.backend' is not 'module:attribute'"),
     ],
 )
 def test_mistakes_in_a_spec_are_errors(call: Callable[[], object], message: str) -> None:
     with pytest.raises(PluginError, match=message):
         call()
+
+
+# ---------------------------------------------------------------- a backend of its own
+
+LAZY = """
+def make(request):
+    return request.decline(f"asked for {request.lineage[-1]['model_type']}")
+"""
+
+
+@pytest.fixture
+def lazy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    (tmp_path / "acme_lazy_backend.py").write_text(LAZY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "acme_lazy_backend:make"
+    sys.modules.pop("acme_lazy_backend", None)
+
+
+def why_no_backend(pm: PluginManager, model_type: str) -> str:
+    request = BackendRequest(
+        ({"model_type": model_type},),
+        SimpleNamespace(file=lambda name: None, quantization=None),  # type: ignore[arg-type]  # only asked for a path
+        CpuPlatform(),
+        device="cpu",
+        dtype="float32",
+        quantization=None,
+        trust_remote_code=False,
+        rank=0,
+        world_size=1,
+        max_model_len=8,
+        max_num_seqs=1,
+    )
+    with pytest.raises(InfinilmError) as caught:
+        choose_backend(pm, request)
+    return str(caught.value)
+
+
+def test_backend_named_by_a_string_is_imported_for_its_models_alone(pm: PluginManager, lazy: str) -> None:
+    pm.register(ModelSpec(model_type="acme", backend=lazy), "acme")
+    message = why_no_backend(pm, "house")
+    assert "no plugin adapts model_type 'house'" in message
+    assert " acme: " not in message  # it has nothing to say of others' models
+    assert "acme_lazy_backend" not in sys.modules
+    message = why_no_backend(pm, "acme")
+    assert "no backend runs this acme: " in message
+    assert "acme: asked for acme" in message
+
+
+def test_backend_of_one_of_several_specs(pm: PluginManager, lazy: str) -> None:
+    other = ModelSpec(model_type="house", backend=lambda request: request.decline("a house has none"))
+    register_found(pm, [ModelSpec(model_type="plain"), ModelSpec(model_type="acme", backend=lazy), other], None, [])
+    assert "asked for acme" in why_no_backend(pm, "acme")
+    assert "a house has none" in why_no_backend(pm, "house")
+    assert "asked for" not in why_no_backend(pm, "plain")
+
+
+@pytest.mark.parametrize("missing", ["acme_lazy_backend:take", "acme_lazier_backend:make"])
+def test_backend_that_is_not_where_it_is_said_to_be(pm: PluginManager, lazy: str, missing: str) -> None:
+    pm.register(ModelSpec(model_type="acme", backend=missing), "acme")
+    assert f"ModelSpec 'acme' names the backend {missing!r}: " in why_no_backend(pm, "acme")
+
+
+# ---------------------------------------------------------------- mistakes
 
 
 def test_unknown_field_is_an_error() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import tiny_checkpoint
 from infinilm import LLM, SamplingParams
 from infinilm.cli import main
 from infinilm.plugins import ModelSpec
+from infinilm.processors import ContentParser, ResponseFormat, ToolCallMarkup, with_parser
 from infinilm.processors._huggingface import HuggingFaceProcessor
 from infinilm_hookspecs import (
     Checkpoint,
@@ -45,7 +46,7 @@ class Letters:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return "".join(self.letters[token_id % len(self.letters)] for token_id in token_ids)
 
-    def stream(self) -> Letters:
+    def stream(self, *, skip_special_tokens: bool = True) -> Letters:
         return self
 
     def put(self, token_id: int) -> str:
@@ -61,8 +62,8 @@ class Letters:
     ) -> str:
         return "".join(message["content"] for message in messages)
 
-    def parser(self, *, tools: Sequence[Mapping[str, Any]] | None = None) -> Any:
-        return ParsedText
+    def parser(self, *, tools: Sequence[Mapping[str, Any]] | None = None, prompt: str = "") -> ContentParser:
+        return ContentParser()
 
     def token_bytes(self) -> Sequence[bytes | None]:
         return [letter.encode() for letter in self.letters]
@@ -151,6 +152,40 @@ def test_name_that_leads_nowhere_is_an_error(acme: Path, name: str, message: str
     plugins = [spec(processor=name)] if as_spec else [LLAMA, Naming(name)]
     with pytest.raises(PluginError, match=message):
         LLM(acme, plugins=plugins)
+
+
+# ---------------------------------------------------------------- whose parser
+
+FORMAT = ResponseFormat(tool_calls=ToolCallMarkup(begin="<call>", end="</call>"))
+ANSWER = '<call>{"name": "add", "arguments": {}}</call>'
+PARSED = ParsedText(tool_calls=({"index": 0, "name": "add", "arguments": "{}"},))
+TOOLS = [{"type": "function", "function": {"name": "add"}}]
+
+
+class Family:
+    """A plugin for a family that writes calls its own way, whatever processor its checkpoints have."""
+
+    @hookimpl(wrapper=True)
+    def select_processor(self, lineage: Lineage, checkpoint: Checkpoint) -> Generator[None, Any, Any]:
+        processor = yield
+        return processor if processor is None else with_parser(processor, FORMAT)
+
+
+PARSERS: dict[str, list[object]] = {
+    "a wrapper around what is in the tree": [LLAMA, Family()],
+    "a wrapper around another plugin's": [LLAMA, LettersPlugin(), Family()],
+    "a spec": [spec(processor_cls=lambda *args: with_parser(Letters(*args), FORMAT))],
+}
+
+
+@pytest.mark.parametrize("plugins", PARSERS.values(), ids=PARSERS)
+def test_parser_is_the_plugins(acme: Path, plugins: list[object]) -> None:
+    with LLM(acme, plugins=plugins) as llm:
+        assert llm.processor is not None
+        parser = llm.processor.value.parser(tools=TOOLS)
+        assert parser.put(ANSWER) + parser.finish() == PARSED
+        (output,) = llm.generate("cab", GREEDY, use_tqdm=False)
+        assert output.outputs[0].text == llm.processor.value.decode(output.outputs[0].token_ids)
 
 
 # ---------------------------------------------------------------- nobody

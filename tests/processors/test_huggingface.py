@@ -178,8 +178,23 @@ def test_ids_without_a_token_have_no_text(processor_of):
     assert processor.decode([10**6, *processor.encode("hi")]) == "hi"
 
 
-def test_the_parser_takes_everything_for_content(processor_of):
-    assert processor_of("words").parser().put("<think>x") == ParsedText(content="<think>x")
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "byte_level_in_a_sequence"])
+@given(data=st.data())
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_a_stream_that_does_not_skip_special_tokens_has_them(processor_of, kind, data):
+    processor = processor_of(kind)
+    ids = data.draw(st.lists(st.integers(0, vocab_size(processor) - 1), max_size=20))
+    stream = processor.stream(skip_special_tokens=False)
+    streamed, text = "".join(map(stream.put, ids)), processor.decode(ids, skip_special_tokens=False)
+    assert text.startswith(streamed)
+    assert not text[len(streamed) :].strip("\ufffd")
+    assert "<s>" in streamed or not any(processor.decode([i], skip_special_tokens=False) == "<s>" for i in ids)
+
+
+def test_without_a_chat_template_everything_is_content(processor_of):
+    parser = processor_of("words").parser(tools=[{"name": "f"}])
+    assert parser.put("<think>x") == ParsedText(content="<think>x")
+    assert not parser.reads_special_tokens
 
 
 def test_text_with_lone_surrogates_is_refused(processor_of):
@@ -202,6 +217,12 @@ def test_end_of_sequence_tokens(tmp_path, generation_config, lineage, expected):
     if generation_config is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation_config))
     assert select_processor(lineage, checkpoint).eos_token_ids == expected
+
+
+@pytest.mark.parametrize("value", ["</s>", [1, "2"], [[1]], 1.5, True])
+def test_an_end_of_sequence_that_is_no_token_id_is_refused(tmp_path, value):
+    with pytest.raises(CheckpointError, match="eos_token_id of the model's config is "):
+        select_processor([{"eos_token_id": value}], write_folder(tmp_path, words()))
 
 
 def test_no_end_of_sequence_token_at_all(tmp_path):

@@ -8,7 +8,7 @@ prefill by itself. What lies before a window is never gathered.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Final
@@ -78,6 +78,15 @@ def plan_attention(batch: ForwardBatch, window: int | None, zero_slot: int, devi
         prefills=prefills,
         decodes=[_decode(batch, seen, group, zero_slot, device) for group in _groups(seen, decodes)],
     )
+
+
+Plans = Mapping[int | None, AttentionPlan]
+"""The plans of one step by the window they are for."""
+
+
+def plan_windows(batch: ForwardBatch, windows: Iterable[int | None], zero_slot: int, device: torch.device) -> Plans:
+    """Plan `batch` for layers with each of `windows`."""
+    return {window: plan_attention(batch, window, zero_slot, device) for window in windows}
 
 
 def attend(

@@ -24,8 +24,11 @@ SCRATCH_TOKENS: Final = 16384
 Memory = Callable[[str], tuple[int, int]]
 """`Platform.memory`: free and total bytes of a device."""
 
+CachedLayers = DecoderConfig | Sequence[AttentionConfig]
+"""The layers a cache is for: all attention of a decoder, or each by itself, in the order they are numbered."""
 
-def cache_spec(config: DecoderConfig, dtype: torch.dtype) -> CacheSpec:
+
+def cache_spec(config: CachedLayers, dtype: torch.dtype) -> CacheSpec:
     """Return what a block costs: keys and values of all layers."""
     per_token = sum(2 * math.prod(heads) for heads in _heads(config))
     return CacheSpec(block_size=BLOCK_SIZE, bytes_per_block=BLOCK_SIZE * per_token * dtype.itemsize)
@@ -35,8 +38,9 @@ class PagedCache:
     """Keys and values of `num_blocks` blocks. Raises `UnavailableError` where the device has no room for them."""
 
     def __init__(
-        self, config: DecoderConfig, num_blocks: int, dtype: torch.dtype, device: torch.device, memory: Memory | None
+        self, config: CachedLayers, num_blocks: int, dtype: torch.dtype, device: torch.device, memory: Memory | None
     ) -> None:
+        self.dtype = dtype
         self.zero_slot = num_blocks * BLOCK_SIZE
         num_bytes = (num_blocks + 1) * cache_spec(config, dtype).bytes_per_block
         if memory is not None:
@@ -85,10 +89,15 @@ class PagedCache:
         return self._scratch[heads]
 
 
-def _heads(config: DecoderConfig) -> list[tuple[int, int]]:
+def attention_layers(config: CachedLayers) -> list[AttentionConfig]:
+    """Return every layer that has a place in the cache, in the order of the places."""
+    mixers = [layer.mixer for layer in config.layers] if isinstance(config, DecoderConfig) else config
+    return [mixer for mixer in mixers if isinstance(mixer, AttentionConfig)]
+
+
+def _heads(config: CachedLayers) -> list[tuple[int, int]]:
     """Return (num_kv_heads, head_dim) of every layer."""
-    mixers = [layer.mixer for layer in config.layers if isinstance(layer.mixer, AttentionConfig)]
-    return [(mixer.num_kv_heads, mixer.head_dim) for mixer in mixers]
+    return [(mixer.num_kv_heads, mixer.head_dim) for mixer in attention_layers(config)]
 
 
 def _require_room(num_bytes: int, device: str, memory: Memory) -> None:

@@ -5,17 +5,20 @@ Every part holds its own config and its own weights and is called with activatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
+from types import MappingProxyType
 from typing import Final
 
 import numpy
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from infinilm.backends.torch.attention import AttentionPlan, Indices, attend, index_tensor, plan_attention
+from infinilm.backends.torch.attention import Indices, Plans, attend, index_tensor, plan_windows
+from infinilm.backends.torch.attention_layer import BoundLayers
 from infinilm.backends.torch.cache import PagedCache
 from infinilm.backends.torch.rope import Rotary, Rotation, rotate
 from infinilm.backends.torch.weights import Weights
@@ -28,7 +31,9 @@ from infinilm_hookspecs import (
     LogitsConfig,
     MlpConfig,
     MoeConfig,
+    Named,
     NormConfig,
+    PluginError,
     RopeConfig,
 )
 from infinilm_hookspecs.parameters import norm_names
@@ -48,21 +53,35 @@ class Step:
     """What all layers of one step share."""
 
     cache: PagedCache
-    plans: Mapping[int | None, AttentionPlan]  # by sliding window
+    plans: Plans
+    positions: Tensor  # (num_tokens,)
     rotations: Mapping[_RotaryKey, Rotation]
 
 
 class Decoder:
-    """The whole model, made anew after every load of its weights."""
+    """The whole model, made anew after every load of its weights.
 
-    def __init__(self, config: DecoderConfig, weights: Weights) -> None:
+    `modules` are those of its `Named` parts, by path, and `supplied` the attention layers in them.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        weights: Weights,
+        modules: Mapping[str, nn.Module] = MappingProxyType({}),
+        supplied: BoundLayers | None = None,
+    ) -> None:
+        self._supplied = BoundLayers({}) if supplied is None else supplied
         self._embedding = _Embedding(config.embedding, weights)
-        self._layers = [_Layer(index, layer, weights) for index, layer in enumerate(config.layers)]
+        places = count()  # in the cache
+        self._layers = [
+            _Layer(index, layer, _Parts(weights, modules, places)) for index, layer in enumerate(config.layers)
+        ]
         self._final_norm = _Norm(config.final_norm, "model.norm", weights)
         self._output = _Linear("lm_head", weights)
         self._logits = config.logits
         mixers = [layer.mixer for layer in config.layers if isinstance(layer.mixer, AttentionConfig)]
-        self._windows = {mixer.sliding_window for mixer in mixers}
+        self._windows = {mixer.sliding_window for mixer in mixers} | self._supplied.windows
         self._rotaries = {
             (mixer.rope, mixer.head_dim): Rotary(mixer.rope, mixer.head_dim, self._embedding.device)
             for mixer in mixers
@@ -77,13 +96,15 @@ class Decoder:
         hidden = self._embedding(index_tensor(batch.token_ids, device), positions)
         step = Step(
             cache=cache,
-            plans={window: plan_attention(batch, window, cache.zero_slot, device) for window in self._windows},
+            plans=plan_windows(batch, self._windows, cache.zero_slot, device),
+            positions=positions,
             rotations={
                 key: rotary.rotation(positions, lengths, hidden.dtype) for key, rotary in self._rotaries.items()
             },
         )
-        for layer in self._layers:
-            hidden = layer(hidden, step)
+        with self._supplied.running(cache, step.plans):
+            for layer in self._layers:
+                hidden = layer(hidden, step)
         wanted = hidden.index_select(0, index_tensor(batch.logits_indices, device))
         return _adjusted(self._logits, self._output(self._final_norm(wanted)).float())
 
@@ -110,21 +131,44 @@ class _Embedding:
         return hidden if self._positions is None else hidden + F.embedding(positions, self._positions)
 
 
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What the parts of a layer are made from. `places` are those in the cache that are not taken yet."""
+
+    weights: Weights
+    modules: Mapping[str, nn.Module]
+    places: Iterator[int]
+
+    def mixer(self, config: AttentionConfig | Named, name: str) -> Callable[[Tensor, Step], Tensor]:
+        """Return what mixes positions, called with activations and the step."""
+        if isinstance(config, AttentionConfig):
+            return _Attention(next(self.places), config, name, self.weights)
+        return _NamedMixer(name, self.modules[name])
+
+    def mlp(self, config: MlpConfig | MoeConfig | Named | None, name: str) -> Callable[[Tensor], Tensor] | None:
+        """Return what mixes channels, or `None` where a layer has no such half."""
+        match config:
+            case MlpConfig():
+                return _Mlp(config, name, self.weights)
+            case MoeConfig():
+                return _Moe(config, name, self.weights)
+            case Named():
+                return _NamedMlp(name, self.modules[name])
+            case None:
+                return None
+
+
 class _Layer:
-    def __init__(self, index: int, config: LayerConfig, weights: Weights) -> None:
+    def __init__(self, index: int, config: LayerConfig, parts: _Parts) -> None:
+        weights = parts.weights
         name = f"model.layers.{index}"
         norms, names = config.norms, norm_names(config.norms)
         self._before_mixer = _norm(norms.before_mixer, f"{name}.{names['before_mixer']}", weights)
         self._after_mixer = _norm(norms.after_mixer, f"{name}.{names['after_mixer']}", weights)
         self._before_mlp = _norm(norms.before_mlp, f"{name}.{names['before_mlp']}", weights)
         self._after_mlp = _norm(norms.after_mlp, f"{name}.{names['after_mlp']}", weights)
-        assert isinstance(config.mixer, AttentionConfig)  # anything else was declined
-        self._mixer = _Attention(index, config.mixer, f"{name}.self_attn", weights)
-        self._mlp: _Mlp | _Moe | None = None
-        if isinstance(config.mlp, MoeConfig):
-            self._mlp = _Moe(config.mlp, f"{name}.mlp", weights)
-        elif isinstance(config.mlp, MlpConfig):
-            self._mlp = _Mlp(config.mlp, f"{name}.mlp", weights)
+        self._mixer = parts.mixer(config.mixer, f"{name}.self_attn")
+        self._mlp = parts.mlp(config.mlp, f"{name}.mlp")
 
     def __call__(self, hidden: Tensor, step: Step) -> Tensor:
         hidden = hidden + self._after_mixer(self._mixer(self._before_mixer(hidden), step))
@@ -133,9 +177,40 @@ class _Layer:
         return hidden + self._after_mlp(self._mlp(self._before_mlp(hidden)))
 
 
+class _NamedMixer:
+    """A plugin's module, called with activations and the positions (num_tokens,) of the tokens."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self._name = name
+        self._module = module
+
+    def __call__(self, hidden: Tensor, step: Step) -> Tensor:
+        return _of_shape(self._name, self._module(hidden, step.positions), hidden)
+
+
+class _NamedMlp:
+    """A plugin's module, called with activations."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self._name = name
+        self._module = module
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return _of_shape(self._name, self._module(hidden), hidden)
+
+
+def _of_shape(name: str, result: Tensor, hidden: Tensor) -> Tensor:
+    """Return the result of a plugin's module. Raises `PluginError` where adding it would have to broadcast it."""
+    if result.shape != hidden.shape:
+        raise PluginError(
+            f"the module of {name!r} returned {tuple(result.shape)} for {tuple(hidden.shape)}; the same is wanted"
+        )
+    return result
+
+
 class _Attention:
-    def __init__(self, index: int, config: AttentionConfig, name: str, weights: Weights) -> None:
-        self._index = index
+    def __init__(self, place: int, config: AttentionConfig, name: str, weights: Weights) -> None:
+        self._place = place
         self._config = config
         self._qkv = _Linear(f"{name}.qkv_proj", weights)
         self._query_norm = _norm(config.query_key_norm, f"{name}.q_norm", weights)
@@ -154,7 +229,7 @@ class _Attention:
         if config.rope is not None:
             rotated = rotate(rotated, step.rotations[config.rope, config.head_dim])
         query, key = rotated[:, : config.num_heads], rotated[:, config.num_heads :]
-        attended = attend(config, step.plans[config.sliding_window], step.cache, self._index, query, key, value)
+        attended = attend(config, step.plans[config.sliding_window], step.cache, self._place, query, key, value)
         return self._output(attended.flatten(1))
 
 

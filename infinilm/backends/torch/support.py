@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Final
 
 from infinilm_hookspecs import (
@@ -27,21 +27,31 @@ NORM_KINDS: Final = ("rms", "layer")
 ROPE_SCALINGS: Final = (LinearRopeScaling, DynamicRopeScaling, Llama3RopeScaling, YarnRopeScaling)
 
 
-def why_not(request: BackendRequest, config: DecoderConfig) -> str | None:
-    """Return the first reason why the torch backend cannot do what is asked, or `None` where it can."""
-    return next(_reasons(request, config), None)
+def named_parts(config: DecoderConfig) -> Iterator[tuple[str, Named]]:
+    """Yield every `Named` part, with what the names of its parameters begin with."""
+    for index, layer in enumerate(config.layers):
+        for name, part in (("self_attn", layer.mixer), ("mlp", layer.mlp)):
+            if isinstance(part, Named):
+                yield f"model.layers.{index}.{name}", part
 
 
-def _reasons(request: BackendRequest, config: DecoderConfig) -> Iterator[str]:
-    if request.dtype not in DTYPES:
-        yield f"the torch backend computes in {', '.join(DTYPES)}, not in {request.dtype!r}"
-    if request.world_size != 1:
-        yield f"the torch backend runs in one process, and world_size is {request.world_size}"
-    if request.quantization is not None:
-        yield f"the torch backend does not quantize, and quantization={request.quantization!r} was asked for"
+def why_not(request: BackendRequest, config: DecoderConfig, supplied: Container[str] = ()) -> str | None:
+    """Return the first reason why the torch backend cannot do what is asked, or `None` where it can.
+
+    `supplied` are the paths of the `Named` parts that a plugin has a module for.
+    """
+    return next(_reasons(request, config, supplied), None)
+
+
+def why_not_request(request: BackendRequest) -> str | None:
+    """Return the first reason why no model in torch can do what is asked, or `None` where one may."""
+    return next(_request_reasons(request), None)
+
+
+def _reasons(request: BackendRequest, config: DecoderConfig, supplied: Container[str]) -> Iterator[str]:
+    yield from _request_reasons(request)
     if config.quantization is not None:
         yield f"the torch backend does not run weights quantized as {config.quantization.scheme!r}"
-    yield from _unknown_quantization(request)
     num_positions = config.embedding.num_positions
     if num_positions is not None and request.max_model_len > num_positions:
         yield (
@@ -50,10 +60,27 @@ def _reasons(request: BackendRequest, config: DecoderConfig) -> Iterator[str]:
         )
     if config.logits.softcap is not None and config.logits.softcap <= 0:
         yield f"the torch backend cannot cap logits at {config.logits.softcap!r}"
+    for path, part in named_parts(config):
+        if path not in supplied:
+            number, what = path.split(".")[2], "MLP" if path.endswith(".mlp") else "mixer"
+            yield (
+                f"the torch backend does not run layer {number}: its {what} is {_part_name(part)}, and no plugin "
+                "supplies a torch module for that"
+            )
     for index, layer in enumerate(config.layers):
         for reason in _layer_reasons(layer):
             yield f"the torch backend does not run layer {index}: {reason}"
     yield from (f"the torch backend does not know the final norm: {reason}" for reason in _norm(config.final_norm))
+
+
+def _request_reasons(request: BackendRequest) -> Iterator[str]:
+    if request.dtype not in DTYPES:
+        yield f"the torch backend computes in {', '.join(DTYPES)}, not in {request.dtype!r}"
+    if request.world_size != 1:
+        yield f"the torch backend runs in one process, and world_size is {request.world_size}"
+    if request.quantization is not None:
+        yield f"the torch backend does not quantize, and quantization={request.quantization!r} was asked for"
+    yield from _unknown_quantization(request)
 
 
 def _unknown_quantization(request: BackendRequest) -> Iterator[str]:
@@ -73,11 +100,11 @@ def _unknown_quantization(request: BackendRequest) -> Iterator[str]:
 def _layer_reasons(layer: LayerConfig) -> Iterator[str]:
     if type(layer.mixer) is AttentionConfig:
         yield from _attention(layer.mixer)
-    else:
+    elif not isinstance(layer.mixer, Named):
         yield f"its mixer is {_part_name(layer.mixer)}"
     if type(layer.mlp) is MlpConfig or type(layer.mlp) is MoeConfig:
         yield from _mlp(layer.mlp)
-    elif layer.mlp is not None:
+    elif layer.mlp is not None and not isinstance(layer.mlp, Named):
         yield f"its MLP is {_part_name(layer.mlp)}"
     norms = layer.norms
     for norm in (norms.before_mixer, norms.after_mixer, norms.before_mlp, norms.after_mlp):
