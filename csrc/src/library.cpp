@@ -112,7 +112,8 @@ void require_elf(const std::string &path) {
   if (size < 0) refuse(path, "read", std::strerror(failed));
   if (size == 0) refuse(path, "read", "the file is empty; build it again");
   if (static_cast<std::size_t>(size) < head.size() || std::memcmp(head.data(), "\177ELF", 4) != 0) {
-    const auto shown = clean_text(reinterpret_cast<const char *>(head.data()), std::min<std::size_t>(size, 8));
+    auto shown = clean_text(reinterpret_cast<const char *>(head.data()), std::min<std::size_t>(size, 8));
+    std::replace_if(shown.begin(), shown.end(), [](unsigned char c) { return c < 0x20; }, '?');
     refuse(path, "read", "it is no ELF file, it begins with '" + shown + "'; give the path of a shared library (.so)");
   }
   const int machine = head[18] | head[19] << 8;

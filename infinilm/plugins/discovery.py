@@ -143,7 +143,8 @@ def by_name(name: str, known: Mapping[str, Candidate]) -> Candidate:
 
 def of_library(path: str) -> Candidate:
     """Return a backend library as the candidate it is; it is opened, and has its name, once it is loaded."""
-    record = PluginRecord(Path(path).name, Status.ACTIVE, Origin.NAMED, reference=os.path.realpath(path))
+    real = os.path.realpath(path)
+    record = PluginRecord(Path(path).name, Status.ACTIVE, Origin.NAMED, reference=real, library=real)
     return Candidate(record, partial(open_library, path))
 
 

@@ -70,6 +70,8 @@ def _create(plugins: Iterable[object], *, autoload: bool, is_listing: bool = Fal
     for spec in registry.process_specs():
         pm.register(spec)
     for name in (name for name, wanted in words.items() if not wanted):
+        if _block_library(pm, name):
+            continue
         if name not in known:
             raise PluginError(f"-p no:{name} blocks no plugin{did_you_mean(name, known)}")
         pm.note(replace(known[name].record, status=Status.BLOCKED))
@@ -127,6 +129,16 @@ def _load_library(pm: PluginManager, path: str, *, is_isolated: bool) -> None:
         if not is_isolated:
             raise
         pm.note(replace(candidate.record, status=Status.FAILED, error=str(err)))
+
+
+def _block_library(pm: PluginManager, name: str) -> bool:
+    """Take out the backend library `name`, which is known only now that it is loaded. Return whether there is one."""
+    record = next((record for record in pm.records if record.name == name and record.library is not None), None)
+    if record is None:
+        return False
+    pm.forget(name)
+    pm.note(replace(record, status=Status.BLOCKED))
+    return True
 
 
 def _load(pm: PluginManager, candidate: Candidate) -> None:
@@ -210,8 +222,9 @@ def register_found(pm: PluginManager, found: object, record: PluginRecord | None
     if isinstance(found, Sequence) and found and all(isinstance(item, ModelSpec) for item in found):
         found = ModelSpecs(found)
     if isinstance(found, BackendLibrary):
-        origin = record.origin if record else Origin.REGISTERED
-        record = PluginRecord(found.name, Status.ACTIVE, origin, version=found.version, reference=found.path)
+        known = record or PluginRecord(found.name, Status.ACTIVE, Origin.REGISTERED)
+        path = found.path
+        record = replace(known, name=found.name, version=found.version, reference=path, library=path)
     if not specs:
         if inspect.isroutine(found):
             called = record.describe() if record else repr(found)
