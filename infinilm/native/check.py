@@ -63,7 +63,7 @@ def _exports(report: ElfReport) -> Finding:
     if others:
         more = ", ..." if len(others) > _SHOWN else ""
         shown = ", ".join(others[:_SHOWN]) + more
-        return Finding("exports", "note", f"{len(others)} names beside the entry: {shown}; build with hidden visibility")
+        return Finding("exports", "note", f"{len(others)} names beside the entry: {shown}; infinilm_add_backend of CMake hides them")
     return Finding("exports", "ok", f"{ENTRY} alone")
 
 

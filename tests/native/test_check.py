@@ -36,7 +36,7 @@ def test_sound_library_passes(tmp_path: Path) -> None:
     assert found["needs"] == ("ok", "libc.so.6")
     assert found["initializers"][0] == found["open"][0] == "ok"
     assert found["load"] == ("ok", "good 0.1, ABI 1.0, built with: fixture.c")
-    assert found["exports"] == ("note", "1 names beside the entry: shared_counter; build with hidden visibility")
+    assert found["exports"] == ("note", "1 names beside the entry: shared_counter; infinilm_add_backend of CMake hides them")
 
 
 def test_static_initializers_are_counted(tmp_path: Path) -> None:
