@@ -184,7 +184,7 @@ class Backend(Protocol):
         """Return every parameter wanted. Allocates nothing."""
 
     def destination(self, name: str) -> Tensor:
-        """Return this rank's buffer for `name`; it may be a view into a fused one."""
+        """Return this rank's buffer for `name`, maybe a view into a fused one. Raises `KeyError` for an unknown name."""
 
     def loaded(self, name: str) -> None:
         """Take note that the buffer is full: it may now be packed and freed."""
@@ -199,13 +199,13 @@ class Backend(Protocol):
         """Allocate the cache. Raises `UnavailableError` when it cannot fit."""
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy cache blocks: (from, to) pairs."""
+        """Copy cache blocks, (from, to) pairs: all of them are read before any is written."""
 
     def release(self, slots: Sequence[int]) -> None:
-        """Forget the state of sequences that ended; their slots may be given out again."""
+        """Forget the state of sequences that ended, if there is any; their slots may be given out again."""
 
     def forward(self, batch: ForwardBatch) -> Tensor:
-        """Run one step and return float32 logits (len(batch.logits_indices), vocab_size)."""
+        """Run one step and return float32 logits (len(batch.logits_indices), vocab_size), which the next step keeps."""
 
     def close(self) -> None:
         """Free everything. Safe to call twice."""

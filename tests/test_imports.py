@@ -14,8 +14,13 @@ PACKAGES = ("infinilm", "infinilm_hookspecs")
 
 # What each part of the house may import of infinilm; the contract is open to all of it.
 LAYERS = {
-    "cli": {"cli", "llm", "pipeline", "plugins", "loading", "native"},
+    "cli": {
+        *("cli", "server", "async_llm", "llm", "pipeline", "plugins", "loading", "native", "testing"),
+        *("outputs", "sampling_params"),
+    },
+    "server": {"server", "async_llm", "llm", "plugins", "engine", "outputs", "sampling_params"},
     "llm": {"pipeline", "plugins", "loading", "engine", "progress", "generation_config", "outputs", "sampling_params"},
+    "async_llm": {"llm", "engine", "outputs", "sampling_params"},
     "pipeline": {"plugins", "loading", "hub", "checkpoint_view"},
     "hub": set(),
     "checkpoint_view": set(),
@@ -30,6 +35,7 @@ LAYERS = {
     "processors": {"processors"},
     "backends": {"backends", "native"},
     "platforms": {"platforms"},
+    "testing": {"testing", "backends", "platforms", "llm", "sampling_params"},
     "progress": set(),
     "outputs": set(),
     "sampling_params": set(),

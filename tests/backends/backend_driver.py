@@ -1,21 +1,21 @@
-"""Drive the torch backend by hand: a small model with random weights, and steps over sequences in any blocks."""
+"""A small model for the torch backend, driven by hand as `infinilm.testing` does it, in blocks a test can choose."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from infinilm.backends.torch.backend import TorchBackend
 from infinilm.backends.torch.cache import BLOCK_SIZE
+from infinilm.testing import Context, make_batch
+from infinilm.testing.driver import advance
 from infinilm_hookspecs import (
     AttentionConfig,
     DecoderConfig,
     DynamicRopeScaling,
     EmbeddingConfig,
-    ForwardBatch,
     LayerConfig,
     LayerNorms,
     LogitsConfig,
@@ -66,45 +66,18 @@ def loaded_backend(config: DecoderConfig | None = None, *, dtype: str = "float32
     return backend
 
 
-@dataclass
-class Context:
-    """A sequence on its way through the backend, and the blocks that hold it, in any order."""
-
-    tokens: list[int]
-    blocks: list[int]
-    prompt_length: int | None = None
-    num_computed: int = field(default=0, init=False)
-
-
 def forward(
     backend: TorchBackend, work: Sequence[tuple[Context, int]], logits_indices: Sequence[int] | None = None
 ) -> torch.Tensor:
-    """Compute the next so many tokens of each sequence in one step. By default all rows' logits are wanted."""
-    token_ids, positions, slots = [], [], []
-    tables = np.full((len(work), max(len(sequence.blocks) for sequence, _ in work)), -1, np.int32)
-    for row, (sequence, count) in enumerate(work):
-        span = range(sequence.num_computed, sequence.num_computed + count)
-        token_ids += [sequence.tokens[position] for position in span]
-        positions += span
-        slots += [sequence.blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE for position in span]
-        tables[row, : len(sequence.blocks)] = sequence.blocks
-        sequence.num_computed += count
-    counts = [count for _, count in work]
-    lengths = [sequence.prompt_length or len(sequence.tokens) for sequence, _ in work]
-    return backend.forward(
-        ForwardBatch(
-            token_ids=np.array(token_ids, np.int32),
-            positions=np.array(positions, np.int32),
-            query_starts=np.cumsum([0, *counts], dtype=np.int32),
-            context_lengths=np.array([sequence.num_computed for sequence, _ in work], np.int32),
-            block_tables=tables,
-            slot_mapping=np.array(slots, np.int32),
-            slots=np.arange(len(work), dtype=np.int32),
-            logits_indices=np.array(range(sum(counts)) if logits_indices is None else logits_indices, np.int32),
-            extras=[None] * len(work),
-            prompt_lengths=np.array(lengths, np.int32),
-        )
-    )
+    """Compute the next so many tokens of each sequence in one step. By default all rows' logits are wanted.
+
+    A sequence's slot is its place in the batch: this backend keeps nothing there.
+    """
+    for row, (sequence, _) in enumerate(work):
+        sequence.slot = row
+    batch = make_batch(work, BLOCK_SIZE, logits_indices)
+    advance(work)
+    return backend.forward(batch)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Final
 
 from infinilm_hookspecs import (
@@ -20,11 +21,13 @@ from infinilm_hookspecs import (
     RopeConfig,
     YarnRopeScaling,
 )
+from infinilm_hookspecs import config as contract
 
 ACTIVATIONS: Final = ("silu", "gelu", "gelu_tanh", "relu")
 DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
 NORM_KINDS: Final = ("rms", "layer")
 ROPE_SCALINGS: Final = (LinearRopeScaling, DynamicRopeScaling, Llama3RopeScaling, YarnRopeScaling)
+_PARTS: Final = frozenset(part for part in vars(contract).values() if isinstance(part, type) and is_dataclass(part))
 
 
 def named_parts(config: DecoderConfig) -> Iterator[tuple[str, Named]]:
@@ -50,6 +53,7 @@ def why_not_request(request: BackendRequest) -> str | None:
 
 def _reasons(request: BackendRequest, config: DecoderConfig, supplied: Container[str]) -> Iterator[str]:
     yield from _request_reasons(request)
+    yield from (f"the torch backend does not know {key!r} in the config" for key in _unknown_keys(config))
     if config.quantization is not None:
         yield f"the torch backend does not run weights quantized as {config.quantization.scheme!r}"
     num_positions = config.embedding.num_positions
@@ -81,6 +85,19 @@ def _request_reasons(request: BackendRequest) -> Iterator[str]:
     if request.quantization is not None:
         yield f"the torch backend does not quantize, and quantization={request.quantization!r} was asked for"
     yield from _unknown_quantization(request)
+
+
+def _unknown_keys(part: object) -> Iterator[str]:
+    """Name every key that a newer contract than this one put into a config."""
+    for item in part if isinstance(part, tuple) else ():
+        yield from _unknown_keys(item)
+    known = next((kind for kind in type(part).__mro__ if kind in _PARTS), None)
+    if known is None or known is Named:
+        return
+    names = [field.name for field in fields(known)]
+    yield from (field.name for field in fields(part) if field.name not in names)  # type: ignore[arg-type]  # one of _PARTS
+    for name in names:
+        yield from _unknown_keys(getattr(part, name))
 
 
 def _unknown_quantization(request: BackendRequest) -> Iterator[str]:
