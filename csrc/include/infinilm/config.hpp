@@ -259,6 +259,14 @@ class Fields {
     return *value;
   }
 
+  // Declines a part of another kind than `wanted`; one that only a plugin knows is of kind "named", and has a name.
+  void require_kind(std::string_view wanted) {
+    const std::string kind = text("kind");
+    if (kind == wanted) return;
+    const std::string part = kind == "named" ? text("name") : kind;
+    throw Unsupported(path_ + " is '" + part + "', and this backend knows '" + std::string(wanted) + "'");
+  }
+
   // Where the value of `key` is in the document, for messages and for read_object.
   std::string place(std::string_view key) const {
     return path_.empty() ? std::string(key) : path_ + "." + std::string(key);

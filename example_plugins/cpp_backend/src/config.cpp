@@ -26,7 +26,7 @@ float read_norm(const Json &json, const std::string &path) {
 
 void read_mixer(Layer &layer, const Json &json, const std::string &path) {
   read_object(json, path, [&](Fields &fields) {
-    require(fields.place("kind"), fields.text("kind"), "attention");
+    fields.require_kind("attention");
     layer.num_heads = fields.integer("num_heads");
     layer.num_kv_heads = fields.integer("num_kv_heads");
     layer.head_dim = fields.integer("head_dim");
@@ -41,7 +41,7 @@ void read_mixer(Layer &layer, const Json &json, const std::string &path) {
 
 void read_mlp(Layer &layer, const Json &json, const std::string &path) {
   read_object(json, path, [&](Fields &fields) {
-    require(fields.place("kind"), fields.text("kind"), "mlp");
+    fields.require_kind("mlp");
     require(fields.place("activation"), fields.text("activation", "silu"), "silu");
     layer.intermediate_size = fields.integer("intermediate_size");
   });
