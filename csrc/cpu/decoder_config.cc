@@ -38,13 +38,9 @@ std::optional<NormConfig> parse_norm_if_any(Fields& parent, const char* key) {
 
 void parse_scaling(Fields& fields, RopeConfig* rope) {
   const std::string kind = fields.text("kind");
-  rope->factor = fields.number("factor");
   if (kind == "linear") {
     rope->scaling = RopeScaling::kLinear;
-    return;
-  }
-  rope->original_max_position_embeddings = positive(fields, "original_max_position_embeddings");
-  if (kind == "dynamic") {
+  } else if (kind == "dynamic") {
     rope->scaling = RopeScaling::kDynamic;
   } else if (kind == "llama3") {
     rope->scaling = RopeScaling::kLlama3;
@@ -59,6 +55,8 @@ void parse_scaling(Fields& fields, RopeConfig* rope) {
   } else {
     decline(fields.path() + ": its kind is '" + kind + "'");
   }
+  rope->factor = fields.number("factor");
+  if (kind != "linear") rope->original_max_position_embeddings = positive(fields, "original_max_position_embeddings");
 }
 
 RopeConfig parse_rope(const Json& json, const std::string& path, int64_t head_dim) {

@@ -1,4 +1,4 @@
-"""The cpu backend's library, built for tests and driven through its C table alone: ctypes, and nothing of the loader."""
+"""The cpu backend's library, built for tests and driven through its C table alone, with ctypes and no loader."""
 
 from __future__ import annotations
 
@@ -370,4 +370,3 @@ class CpuBackend:
 
     def __del__(self) -> None:
         self.close()
-
