@@ -17,7 +17,16 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams", "create_plugin_manager", "get_cmake_dir", "get_include"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "Logprob",
+    "RequestOutput",
+    "SamplingParams",
+    "create_plugin_manager",
+    "get_cmake_dir",
+    "get_include",
+]
 
 _HOMES = {
     "LLM": "infinilm.llm",

@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy
 
-from infinilm.platforms.cpu import CpuPlatform
+from infinilm.testing import make_request
 from infinilm_hookspecs import (
     AttentionConfig,
     BackendRequest,
@@ -45,9 +46,7 @@ def compile_library(path: Path, source: Path | str = FIXTURE, *flags: str, langu
         source.write_text(text)
     compiler = ("gcc", "-std=c99") if language == "c" else ("g++", "-std=c++17")
     command = [*compiler, "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-fvisibility=hidden", f"-I{INCLUDE}"]
-    done = subprocess.run(
-        [*command, str(source), "-o", str(path), *flags], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*command, str(source), "-o", str(path), *flags], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return path
 
@@ -98,32 +97,11 @@ CONFIG = DecoderConfig(
 )
 
 
-class NoCheckpoint:
-    """A checkpoint with nothing in it."""
-
-    config: dict[str, Any] = {}
-    tensors: dict[str, Any] = {}
-    quantization = None
-
-
 def request(config: Any = CONFIG, **changes: Any) -> tuple[BackendRequest, list[str]]:
     """Return a request, and the list that reasons to decline it go to."""
     reasons: list[str] = []
-    asked = {
-        "lineage": (config,),
-        "checkpoint": NoCheckpoint(),
-        "platform": CpuPlatform(),
-        "device": "cpu",
-        "dtype": "float32",
-        "quantization": None,
-        "trust_remote_code": False,
-        "rank": 0,
-        "world_size": 1,
-        "max_model_len": 64,
-        "max_num_seqs": 4,
-        "on_decline": reasons.append,
-    }
-    return BackendRequest(**{**asked, **changes}), reasons
+    changes = {"lineage": (config,), "on_decline": reasons.append, **changes}
+    return replace(make_request(CONFIG), **changes), reasons
 
 
 def batch(tokens: list[int], rows: list[int], **changes: Any) -> ForwardBatch:

@@ -1,5 +1,4 @@
-"""The wheel: built, installed into an empty environment, every module of it imported, and a backend built against it.
-"""
+"""The wheel: built, installed into an empty environment, every module imported, and a backend built against it."""
 
 from __future__ import annotations
 
@@ -21,7 +20,9 @@ ROOT = Path(__file__).parent.parent
 
 def run(*command: str | Path, cwd: Path = ROOT) -> str:
     env = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
-    done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True, check=False, env=env)
+    done = subprocess.run(
+        [str(word) for word in command], cwd=cwd, capture_output=True, text=True, check=False, env=env
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -54,9 +55,12 @@ def test_wheel_has_the_native_part_and_what_others_build_against(wheel: Path) ->
 def test_source_distribution_holds_what_the_wheel_is_built_from(tmp_path: Path) -> None:
     run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, ROOT)
     (found,) = tmp_path.glob("infinilm-*.tar.gz")
-    names = {name.partition("/")[2] for name in tarfile.open(found).getnames()}
-    wanted = ("CMakeLists.txt", "cmake/infinilm-config.cmake", "csrc/bindings/module.cpp", "csrc/include/infinilm/backend.h")
-    assert {*wanted, "csrc/src/library.cpp", "csrc/cpu/CMakeLists.txt", "infinilm/py.typed", "README.md", "LICENSE"} <= names
+    with tarfile.open(found) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    python = {"infinilm/py.typed", "infinilm_hookspecs/py.typed", "README.md", "LICENSE"}
+    native = {"CMakeLists.txt", "cmake/infinilm-config.cmake", "cmake/infinilm-backend.map", "csrc/cpu/CMakeLists.txt"}
+    sources = {"csrc/bindings/module.cpp", "csrc/include/infinilm/backend.h", "csrc/src/library.cpp"}
+    assert python | native | sources <= names
     roots = {name.partition("/")[0] for name in names} - {""}
     assert roots <= {"infinilm", "infinilm_hookspecs", "csrc", "cmake"} | {
         *("CMakeLists.txt", "README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml", "PKG-INFO", ".gitignore")
@@ -89,7 +93,7 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = folder / "bin" / "python"
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip()
     ours = "\n".join(path for path in sys.path if path.endswith("-packages"))
-    (Path(site) / "others.pth").write_text(ours + "\n")  # .pth files over there, those of editable installs, are not read
+    (Path(site) / "others.pth").write_text(ours + "\n")  # what is installed editable over there is not found this way
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=folder)
     return folder
 

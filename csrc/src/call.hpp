@@ -1,9 +1,12 @@
-// One call into a library, and what it says when it fails.
+// One call into a library, what it says when it fails, and waiting for the one before.
 #pragma once
 
+#include <chrono>
 #include <cstring>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <thread>
 
 #include "infinilm/backend.h"
 #include "text.hpp"
@@ -36,6 +39,17 @@ void checked(const char *what, Call &&call) {
   std::string message = clean_text(error.message, INFINILM_MESSAGE_SIZE);
   if (message.empty()) message = std::string(what) + " failed with code " + std::to_string(code) + " and no message";
   throw Failure(code, message);
+}
+
+// Returns the lock, or one that owns nothing where `deadline` came first. Polls: thread sanitizers do not know of the
+// timed locks of POSIX.
+inline std::unique_lock<std::mutex> lock_until(std::mutex &mutex, std::chrono::steady_clock::time_point deadline) {
+  std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
+  while (!lock.owns_lock() && std::chrono::steady_clock::now() < deadline) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    (void)lock.try_lock();
+  }
+  return lock;
 }
 
 }  // namespace infinilm::host

@@ -36,6 +36,7 @@ struct Registry {
   std::map<FileKey, Refusal> refused_mapped;
   std::map<FileState, Refusal> refused_files;
   std::vector<Refusal> refusals;
+  std::vector<std::unique_ptr<HostTable>> kept;
   std::string poisoned;  // the file whose static constructor threw
   bool is_over = false;
 };
@@ -246,14 +247,14 @@ std::shared_ptr<Library> make_library(const std::string &path, const infinilm_ba
   try {
     checked("probe", [&](infinilm_error *error) { return table->probe(host, error); });
   } catch (const Failure &failure) {
-    (void)library->host.release();  // it may have been kept, against the rules
+    registry().kept.push_back(std::move(library->host));  // the library may have kept it, against the rules
     refuse(path, "probe", failure.what(), library->abi);
   }
   try {
     checked("create", [&](infinilm_error *error) { return table->create(host, "{}", &library->backend, error); });
     if (library->backend == nullptr) throw Failure(INFINILM_FAILED, "create returned INFINILM_OK and no backend");
   } catch (const Failure &failure) {
-    (void)library->host.release();
+    registry().kept.push_back(std::move(library->host));
     refuse(path, "create", failure.what(), library->abi);
   }
   library->is_concurrent = library->query(INFINILM_QUERY_CONCURRENT) != 0;
@@ -345,7 +346,7 @@ void shut_down(int64_t timeout_ms) {
       is_idle = model->destroy_until(deadline) && is_idle;
     }
     if (!is_idle) continue;
-    const std::unique_lock<std::timed_mutex> lock(library->calls, deadline);
+    const std::unique_lock<std::mutex> lock = lock_until(library->calls, deadline);
     if (!lock.owns_lock() || library->num_models != 0 || library->backend == nullptr) continue;
     library->table->destroy(std::exchange(library->backend, nullptr));
   }
@@ -355,7 +356,7 @@ void shut_down(int64_t timeout_ms) {
 
 int64_t Library::query(const std::string &what) {
   if (!INFINILM_COVERS(table, infinilm_backend_table, query) || table->query == nullptr) return 0;
-  const std::lock_guard<std::timed_mutex> lock(calls);
+  const std::lock_guard<std::mutex> lock(calls);
   int64_t value = 0;
   try {
     checked("query", [&](infinilm_error *error) { return table->query(backend, what.c_str(), &value, error); });
@@ -373,13 +374,13 @@ infinilm_memory Library::memory() {
   infinilm_memory memory;
   std::memset(&memory, 0, sizeof memory);
   memory.struct_size = sizeof memory;
-  const std::lock_guard<std::timed_mutex> lock(calls);
+  const std::lock_guard<std::mutex> lock(calls);
   checked("memory", [&](infinilm_error *error) { return table->memory(backend, &memory, error); });
   return memory;
 }
 
 void Library::require_support(const infinilm_model_request &request) {
-  const std::lock_guard<std::timed_mutex> lock(calls);
+  const std::lock_guard<std::mutex> lock(calls);
   if (backend == nullptr) throw Failure(INFINILM_UNAVAILABLE, "backend '" + name + "' is shut down");
   checked("supports_model", [&](infinilm_error *error) { return table->supports_model(backend, &request, error); });
 }

@@ -49,7 +49,7 @@ class Library {
   infinilm_backend *backend = nullptr;
   std::unique_ptr<HostTable> host;
   bool is_concurrent = false;  // whether calls on different models may overlap
-  std::timed_mutex calls;      // held while a call runs
+  std::mutex calls;      // held while a call runs
   std::atomic<int> num_models{0};
 
   // Returns the answer to an INFINILM_QUERY_ name, 0 where the library does not know it.

@@ -5,7 +5,7 @@
 namespace infinilm::host {
 namespace {
 
-using Lock = std::lock_guard<std::timed_mutex>;
+using Lock = std::lock_guard<std::mutex>;
 constexpr std::size_t kNameLimit = 4096;
 constexpr int64_t kMaxDims = 16;
 
@@ -189,7 +189,7 @@ void Model::destroy() {
 }
 
 bool Model::destroy_until(std::chrono::steady_clock::time_point deadline) {
-  const std::unique_lock<std::timed_mutex> lock(calls(), deadline);
+  const std::unique_lock<std::mutex> lock = lock_until(calls(), deadline);
   if (lock.owns_lock()) destroy_locked();
   return lock.owns_lock();
 }

@@ -51,13 +51,13 @@ class Model {
 
  private:
   explicit Model(std::shared_ptr<Library> library) : library_(std::move(library)) {}
-  std::timed_mutex &calls() { return library_->is_concurrent ? calls_ : library_->calls; }
+  std::mutex &calls() { return library_->is_concurrent ? calls_ : library_->calls; }
   infinilm_model *require_model() const;
   infinilm_cache *require_cache() const;
   void destroy_locked();
 
   std::shared_ptr<Library> library_;
-  std::timed_mutex calls_;
+  std::mutex calls_;
   std::mutex life_;  // held while model_ changes, and while cancel() uses it
   infinilm_model *model_ = nullptr;
   infinilm_cache *cache_ = nullptr;

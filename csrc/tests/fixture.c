@@ -37,7 +37,7 @@ struct infinilm_model {
   float *table;
   int is_open;
   int is_loaded;
-  volatile int is_cancelled;
+  int is_cancelled;
 };
 
 struct infinilm_cache {
@@ -47,6 +47,8 @@ struct infinilm_cache {
 /* Outside names may be those of another library: each must have its own. */
 INFINILM_EXPORT extern int64_t shared_counter;
 int64_t shared_counter = 0;
+#define ADD(counter, number) __atomic_add_fetch(&(counter), (number), __ATOMIC_SEQ_CST)
+#define READ(counter) __atomic_load_n(&(counter), __ATOMIC_SEQ_CST)
 static int64_t num_probes, num_creates, num_models, num_deleters, num_caches, num_copies, num_releases, num_forwards;
 
 static int32_t fail(infinilm_error *error, int32_t code, const char *message) {
@@ -58,7 +60,7 @@ static int32_t fail(infinilm_error *error, int32_t code, const char *message) {
 }
 
 static int32_t probe(const infinilm_host *host, infinilm_error *error) {
-  ++num_probes;
+  ADD(num_probes, 1);
   if (!INFINILM_COVERS(host, infinilm_host, all_gather)) return fail(error, INFINILM_INVALID, "the host is too small");
 #ifdef PROBE_MESSAGE
   return fail(error, INFINILM_UNAVAILABLE, PROBE_MESSAGE);
@@ -67,13 +69,19 @@ static int32_t probe(const infinilm_host *host, infinilm_error *error) {
 }
 
 static int32_t query(infinilm_backend *backend, const char *name, int64_t *value, infinilm_error *error) {
-  if (strcmp(name, "counter") == 0) ++shared_counter;
+  if (strcmp(name, "counter") == 0) ADD(shared_counter, 1);
   const struct {
     const char *name;
     int64_t value;
-  } known[] = {{"probes", num_probes},     {"creates", num_creates}, {"models", num_models},
-               {"deleters", num_deleters}, {"caches", num_caches},   {"copies", num_copies},
-               {"releases", num_releases}, {"forwards", num_forwards}, {"counter", shared_counter},
+  } known[] = {{"probes", READ(num_probes)},
+               {"creates", READ(num_creates)},
+               {"models", READ(num_models)},
+               {"deleters", READ(num_deleters)},
+               {"caches", READ(num_caches)},
+               {"copies", READ(num_copies)},
+               {"releases", READ(num_releases)},
+               {"forwards", READ(num_forwards)},
+               {"counter", READ(shared_counter)},
 #ifdef CONCURRENT
                {INFINILM_QUERY_CONCURRENT, 1},
 #endif
@@ -89,7 +97,7 @@ static int32_t query(infinilm_backend *backend, const char *name, int64_t *value
 
 static int32_t create(const infinilm_host *host, const char *options, infinilm_backend **backend,
                       infinilm_error *error) {
-  ++num_creates;
+  ADD(num_creates, 1);
 #ifdef CREATE_MESSAGE
   return fail(error, INFINILM_UNAVAILABLE, CREATE_MESSAGE);
 #endif
@@ -110,7 +118,7 @@ static int32_t create(const infinilm_host *host, const char *options, infinilm_b
 
 static void destroy(infinilm_backend *backend) {
 #ifdef TELL_END
-  backend->host->log(backend->host->context, INFINILM_LOG_WARNING, num_models == 0 ? "destroyed" : "models are left");
+  backend->host->log(backend->host->context, INFINILM_LOG_WARNING, READ(num_models) == 0 ? "destroyed" : "models are left");
 #endif
   free(backend);
 }
@@ -136,14 +144,14 @@ static int32_t model_create(infinilm_backend *backend, const infinilm_model_requ
   if (*model == NULL) return fail(error, INFINILM_OUT_OF_MEMORY, "no memory");
   (*model)->shape[0] = vocab_size_of(request->config);
   (*model)->strides[0] = 1;
-  ++num_models;
+  ADD(num_models, 1);
   return INFINILM_OK;
 }
 
 static void model_destroy(infinilm_model *model) {
   if (!model->is_open) free(model->table); /* what is open is freed by its deleter */
   free(model);
-  --num_models;
+  ADD(num_models, -1);
 }
 
 static int64_t num_parameters(infinilm_model *model) {
@@ -174,7 +182,7 @@ static void delete_loan(DLManagedTensorVersioned *self) {
   loan *its = self->manager_ctx;
   free(its->memory);
   free(its);
-  ++num_deleters;
+  ADD(num_deleters, 1);
 }
 
 static int32_t open_parameter(infinilm_model *model, int64_t index, DLManagedTensorVersioned **buffer,
@@ -235,7 +243,7 @@ static int32_t cache_create(infinilm_model *model, int64_t num_blocks, int64_t n
   *cache = malloc(sizeof **cache);
   if (*cache == NULL) return fail(error, INFINILM_OUT_OF_MEMORY, "no memory");
   (*cache)->num_blocks = num_blocks;
-  ++num_caches;
+  ADD(num_caches, 1);
   return INFINILM_OK;
 }
 
@@ -244,7 +252,7 @@ static int32_t cache_copy_blocks(infinilm_cache *cache, const int32_t *pairs, in
   for (int64_t i = 0; i < 2 * num_pairs; ++i) {
     if (pairs[i] < 0 || pairs[i] >= cache->num_blocks) return fail(error, INFINILM_INVALID, "there is no such block");
   }
-  num_copies += num_pairs;
+  ADD(num_copies, num_pairs);
   return INFINILM_OK;
 }
 
@@ -253,13 +261,13 @@ static int32_t cache_release_slots(infinilm_cache *cache, const int32_t *slots, 
   (void)cache;
   (void)slots;
   (void)error;
-  num_releases += num_slots;
+  ADD(num_releases, num_slots);
   return INFINILM_OK;
 }
 
 static void cache_destroy(infinilm_cache *cache) {
   free(cache);
-  --num_caches;
+  ADD(num_caches, -1);
 }
 
 #ifdef FORWARD_THROWS
@@ -269,13 +277,13 @@ void throw_something(void);
 static int32_t forward(infinilm_model *model, infinilm_cache *cache, const infinilm_batch *batch,
                        const DLTensor *logits, infinilm_error *error) {
   (void)cache;
-  ++num_forwards;
+  ADD(num_forwards, 1);
 #ifdef FORWARD_THROWS
   throw_something();
 #endif
 #ifdef FORWARD_WAITS
-  model->is_cancelled = 0;
-  while (!model->is_cancelled) continue;
+  while (!READ(model->is_cancelled)) continue;
+  ADD(model->is_cancelled, -1);
   return fail(error, INFINILM_CANCELLED, "cancelled");
 #endif
   if (!model->is_loaded) return fail(error, INFINILM_INVALID, "the model is not loaded");
@@ -287,14 +295,14 @@ static int32_t forward(infinilm_model *model, infinilm_cache *cache, const infin
   return INFINILM_OK;
 }
 
-static void cancel(infinilm_model *model) { model->is_cancelled = 1; }
+static void cancel(infinilm_model *model) { __atomic_store_n(&model->is_cancelled, 1, __ATOMIC_SEQ_CST); }
 
 static int32_t memory(infinilm_backend *backend, infinilm_memory *out, infinilm_error *error) {
   (void)backend;
   (void)error;
   out->device_free = out->device_total = out->scratch = -1;
-  out->parameters = num_models;
-  out->caches = num_caches;
+  out->parameters = READ(num_models);
+  out->caches = READ(num_caches);
   return INFINILM_OK;
 }
 

@@ -1,6 +1,6 @@
 """The CPU backend: infinilm's own kernels, in a library that comes through the same door as anybody's.
 
-This module is one half of the plugin `cpu`, the other is the platform. Nothing is loaded before there is a model to run.
+This module is one half of the plugin `cpu`, the other is the platform. Nothing is loaded before there is a model.
 """
 
 from __future__ import annotations

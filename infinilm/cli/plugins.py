@@ -33,7 +33,8 @@ def _list(arguments: Any) -> int:
     has_libraries = any(record.library is not None for record in records)
     loaded, refused = (loaded_libraries(), refused_libraries()) if has_libraries else ([], [])
     if arguments.json:
-        by_path = {os.path.realpath(library.path): _json(library) for library in (*loaded, *refused)}
+        described = [_loaded_json(library) for library in loaded] + [_refused_json(refusal) for refusal in refused]
+        by_path = {os.path.realpath(row["path"]): row for row in described}
         rows = [record.to_json() for record in records]
         for record, row in zip(records, rows, strict=True):
             row["library"] = by_path.get(record.library or "")
@@ -47,7 +48,9 @@ def _list(arguments: Any) -> int:
     return 0
 
 
-def _json(library: BackendLibrary | Refusal) -> dict[str, str]:
-    if isinstance(library, Refusal):
-        return {"path": library.path, "stage": library.stage, "reason": library.reason, "abi": library.abi_found}
+def _loaded_json(library: BackendLibrary) -> dict[str, str]:
     return {"path": library.path, "stage": "loaded", "build": library.build, "abi": library.abi}
+
+
+def _refused_json(refusal: Refusal) -> dict[str, str]:
+    return {"path": refusal.path, "stage": refusal.stage, "reason": refusal.reason, "abi": refusal.abi_found}

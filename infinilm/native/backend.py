@@ -12,10 +12,12 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from infinilm import _native
 from infinilm_hookspecs import (
     CacheSpec,
+    Config,
     DecoderConfig,
     ForwardBatch,
     InfinilmError,
@@ -24,6 +26,7 @@ from infinilm_hookspecs import (
     RequestError,
     Shard,
     UnavailableError,
+    WeightRule,
 )
 
 Memory = Callable[[str], tuple[int, int]]
@@ -35,13 +38,15 @@ _Int32 = numpy.ndarray[Any, numpy.dtype[numpy.int32]]
 class NativeBackend:
     """Runs `config` in `library`. Nothing is allocated before it is asked for."""
 
-    weight_rule = None
+    config: Config | DecoderConfig
+    weight_rule: WeightRule | None = None
 
     def __init__(
         self, name: str, library: _native.Library, config: DecoderConfig, request: _native.Request, *, memory: Memory
     ) -> None:
         self.name = name
         self.config = config
+        self._vocab_size = config.vocab_size
         self._device = request.device
         self._memory = memory
         self._cache_bytes = 0
@@ -122,8 +127,9 @@ class NativeBackend:
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Run one step and return float32 logits (len(batch.logits_indices), vocab_size), on the CPU."""
         if any(batch.extras):
-            raise RequestError(f"backend {self.name!r} takes tokens alone, and a request brings more: {batch.extras!r:.80}")
-        logits = torch.empty((len(batch.logits_indices), self.config.vocab_size), dtype=torch.float32)
+            brought = f"{batch.extras!r:.80}"
+            raise RequestError(f"backend {self.name!r} takes tokens alone, and a request brings more: {brought}")
+        logits = torch.empty((len(batch.logits_indices), self._vocab_size), dtype=torch.float32)
         prompt_lengths = batch.context_lengths if batch.prompt_lengths is None else batch.prompt_lengths
         with self._calling("forward"):
             self._model.forward(
@@ -137,7 +143,7 @@ class NativeBackend:
                 _int32(batch.logits_indices),
                 _int32(prompt_lengths),
                 logits.data_ptr(),
-                self.config.vocab_size,
+                self._vocab_size,
             )
         return logits
 
@@ -184,7 +190,7 @@ def _repeated(listed: Sequence[_native.Parameter]) -> str:
 
 def _as_tensor(capsule: object, dtype: str) -> Tensor:
     """Return a view of a library's buffer. Eight-bit floats come as bytes, which every torch takes."""
-    tensor: Tensor = torch.from_dlpack(capsule)
+    tensor: Tensor = from_dlpack(capsule)
     wanted: torch.dtype = getattr(torch, dtype)
     return tensor.view(wanted) if tensor.dtype is torch.uint8 and wanted is not torch.uint8 else tensor
 

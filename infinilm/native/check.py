@@ -63,17 +63,23 @@ def _exports(report: ElfReport) -> Finding:
     if others:
         more = ", ..." if len(others) > _SHOWN else ""
         shown = ", ".join(others[:_SHOWN]) + more
-        return Finding("exports", "note", f"{len(others)} names beside the entry: {shown}; infinilm_add_backend of CMake hides them")
+        return Finding(
+            "exports",
+            "note",
+            f"{len(others)} names beside the entry: {shown}; infinilm_add_backend of CMake hides them",
+        )
     return Finding("exports", "ok", f"{ENTRY} alone")
 
 
 def run_step(step: str, command: Sequence[str], timeout: float) -> Finding:
     """Run one step in a process of its own, and return what became of it. `timeout` is in seconds.
 
-    The process prints its finding, `ok: ...`, `note: ...` or `failed: ...`, as its last line; lines before it are shown.
+    The process prints its finding, `ok: ...`, `note: ...` or `failed: ...`, last; lines before it are shown.
     """
     try:
-        done = subprocess.run([*command], capture_output=True, text=True, errors="replace", check=False, timeout=timeout)
+        done = subprocess.run(
+            [*command], capture_output=True, text=True, errors="replace", check=False, timeout=timeout
+        )
     except subprocess.TimeoutExpired:
         return Finding(step, "failed", f"hangs: the process was killed after {timeout:g} seconds")
     *before, last = done.stdout.rstrip().split("\n")

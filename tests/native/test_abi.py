@@ -45,7 +45,7 @@ def test_header_compiles_without_a_warning(compiler: str, standard: str) -> None
 def test_header_goes_with_somebody_elses_dlpack() -> None:
     torch_include = Path(pytest.importorskip("torch").__file__).parent / "include"
     code = '#include <ATen/dlpack.h>\n#include "infinilm/backend.h"\n' + "\n".join(
-        f"static_assert(sizeof({name}) == {size}, \"\");"
+        f'static_assert(sizeof({name}) == {size}, "");'
         for name, size in (("DLTensor", 48), ("DLManagedTensorVersioned", 80), ("DLDataType", 4), ("DLDevice", 8))
     )
     command = ["g++", "-std=c++17", "-fsyntax-only", f"-I{INCLUDE}", f"-I{torch_include}", "-x", "c++", "-"]

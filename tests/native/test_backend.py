@@ -213,7 +213,9 @@ def test_batch_that_does_not_fit_together_never_reaches_the_library(
 
 
 def test_requests_extras_are_refused(backend: NativeBackend) -> None:
-    pixels = ForwardBatch(**{**{k: getattr(batch([1], [0]), k) for k in ForwardBatch.__slots__}, "extras": [{"pixels": 1}]})
+    pixels = ForwardBatch(
+        **{**{k: getattr(batch([1], [0]), k) for k in ForwardBatch.__slots__}, "extras": [{"pixels": 1}]}
+    )
     with pytest.raises(RequestError, match="takes tokens alone"):
         backend.forward(pixels)
 

@@ -36,7 +36,10 @@ def test_sound_library_passes(tmp_path: Path) -> None:
     assert found["needs"] == ("ok", "libc.so.6")
     assert found["initializers"][0] == found["open"][0] == "ok"
     assert found["load"] == ("ok", "good 0.1, ABI 1.0, built with: fixture.c")
-    assert found["exports"] == ("note", "1 names beside the entry: shared_counter; infinilm_add_backend of CMake hides them")
+    assert found["exports"] == (
+        "note",
+        "1 names beside the entry: shared_counter; infinilm_add_backend of CMake hides them",
+    )
 
 
 def test_static_initializers_are_counted(tmp_path: Path) -> None:
@@ -56,7 +59,9 @@ def test_library_without_the_entry_fails(tmp_path: Path) -> None:
 
 
 def test_library_linked_to_python_fails(tmp_path: Path) -> None:
-    path = compile_library(tmp_path / "libpython9.so", "int nothing_of_python(void) { return 0; }", "-Wl,-soname,libpython9.so")
+    path = compile_library(
+        tmp_path / "libpython9.so", "int nothing_of_python(void) { return 0; }", "-Wl,-soname,libpython9.so"
+    )
     linked = compile_library(tmp_path / "linked.so", FIXTURE, "-Wl,--no-as-needed", str(path))
     findings = {finding.step: finding for finding in check_file(str(linked))}
     assert findings["needs"].outcome == "failed"
@@ -72,7 +77,11 @@ def test_library_linked_to_python_fails(tmp_path: Path) -> None:
             "crashes: the process was killed by SIGABRT",
         ),
         ("struct T { T() { __builtin_trap(); } }; static T trap;", "open", "crashes: the process was killed by SIGILL"),
-        ("volatile int zero; struct T { T() { while (!zero) continue; } }; static T hang;", "open", "hangs: the process was killed"),
+        (
+            "volatile int zero; struct T { T() { while (!zero) continue; } }; static T hang;",
+            "open",
+            "hangs: the process was killed",
+        ),
     ],
 )
 def test_crash_and_hang_while_it_is_opened_are_findings(tmp_path: Path, code: str, step: str, words: str) -> None:
@@ -111,7 +120,11 @@ def test_crash_at_the_end_of_the_process_is_a_finding(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"", "it begins with b''"), (b"text", "it begins with b'text'"), (b"\x7fELF\x02\x01" + b"\xff" * 58, "damaged ELF")],
+    [
+        (b"", "it begins with b''"),
+        (b"text", "it begins with b'text'"),
+        (b"\x7fELF\x02\x01" + b"\xff" * 58, "damaged ELF"),
+    ],
 )
 def test_file_that_is_no_library_fails_and_no_process_is_started(tmp_path: Path, content: bytes, words: str) -> None:
     path = tmp_path / "wrong.so"

@@ -116,7 +116,12 @@ GOOD: dict[str, Any] = {"size": 1, "layers": [{"width": 2}, {"width": 3}]}
 
 @pytest.mark.parametrize(
     ("changes", "total"),
-    [({}, 16), ({"more": 0}, 6), ({"more": None, "extra": None}, 16), ({"extra": {"n": 5}, "eps": 1, "bias": True}, 21)],
+    [
+        ({}, 16),
+        ({"more": 0}, 6),
+        ({"more": None, "extra": None}, 16),
+        ({"extra": {"n": 5}, "eps": 1, "bias": True}, 21),
+    ],
 )
 def test_what_is_left_out_is_at_its_default(program: Path, changes: dict[str, Any], total: int) -> None:
     assert run(program, "strict", json.dumps({**GOOD, **changes})) == (0, f"{total}\n")

@@ -165,7 +165,11 @@ def test_rebuilt_file_is_tried_again(tmp_path: Path) -> None:
         ({"NO_TABLE": True}, "it has none for a host of ABI 1.0", ""),
         ({"MAGIC": 12345}, "its magic number is 0x0000000000003039, and not 0x4241434b494e464c", ""),
         ({"MAJOR": 2}, "it was built for ABI 2.0, and this infinilm 0.1.0 has ABI 1.0; take a newer infinilm", "2.0"),
-        ({"MAJOR": 0, "MINOR": 7}, "it was built for ABI 0.7, and this infinilm 0.1.0 has ABI 1.0; ask for a newer", "0.7"),
+        (
+            {"MAJOR": 0, "MINOR": 7},
+            "it was built for ABI 0.7, and this infinilm 0.1.0 has ABI 1.0; ask for a newer",
+            "0.7",
+        ),
         ({"TABLE_SIZE": 55}, "it says that it has 55 bytes, and its head alone has 56", "1.0"),
         ({"TABLE_SIZE": 56}, "the function probe is missing", "1.0"),
         ({"TABLE_SIZE": 199}, "the function forward is missing", "1.0"),

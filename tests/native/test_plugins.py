@@ -113,7 +113,16 @@ def test_library_may_be_given_as_an_object(acme: Path) -> None:
 def test_name_of_another_plugin_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "torch.so"
     subprocess.run(
-        ["gcc", "-shared", "-fPIC", f"-I{FIXTURE.parent.parent / 'include'}", str(FIXTURE), "-o", str(path), '-DNAME="torch"'],
+        [
+            "gcc",
+            "-shared",
+            "-fPIC",
+            f"-I{FIXTURE.parent.parent / 'include'}",
+            str(FIXTURE),
+            "-o",
+            str(path),
+            '-DNAME="torch"',
+        ],
         check=True,
     )
     load_backend_plugin(path)

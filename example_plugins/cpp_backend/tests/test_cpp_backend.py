@@ -27,7 +27,9 @@ from infinilm_hookspecs import (
 
 SOURCE = Path(__file__).parent.parent
 LAYER = LayerConfig(
-    AttentionConfig(4, 2, 8, RopeConfig()), MlpConfig(24), LayerNorms(before_mixer=NormConfig(), before_mlp=NormConfig())
+    AttentionConfig(4, 2, 8, RopeConfig()),
+    MlpConfig(24),
+    LayerNorms(before_mixer=NormConfig(), before_mlp=NormConfig()),
 )
 LLAMA = DecoderConfig("llama", 97, 32, (LAYER, LAYER), EmbeddingConfig(), NormConfig(), LogitsConfig(), 128)
 
