@@ -14,7 +14,7 @@ const char* isa_name(Isa isa);
 // Every level this processor and its system can run, lowest first.
 std::vector<Isa> available_isas();
 
-// The highest available level, or the one that INFINILM_CPU_ISA names. Throws std::invalid_argument where that is no
+// The fastest available level, or the one that INFINILM_CPU_ISA names. Throws std::invalid_argument where that is no
 // level or not available.
 Isa chosen_isa();
 

@@ -139,14 +139,24 @@ INFINILM_INLINE void accumulate(Sums<R, B>& sums, const std::byte* x, int64_t x_
     }
   }
   for (; step < num_steps; ++step) {
+    for (int b = 0; b < B; ++b) __builtin_prefetch(w + b * w_stride + step * 64 + kPrefetchAhead);
     Format::template step<R, B>(sums, x + step * Format::kStepBytes, x_stride, w + step * 64, w_stride);
   }
 }
 
+// Steps whose rows stay in the first cache while the blocks of a unit pass by.
+template <class Format>
+constexpr int64_t kStepsAtOnce = 16384 / (12 * Format::kStepBytes);
+
+// `depth` of the weights, of which this is the first part if `is_first`.
 template <class Format, int R, int B>
-void float_tile(const Rows& rows, const Panel& weights, float* out, int64_t out_stride) {
+void float_tile(const Rows& rows, const Panel& weights, bool is_first, float* out, int64_t out_stride) {
   Sums<R, B> sums;
-  clear(sums);
+  if (is_first) {
+    clear(sums);
+  } else {
+    load_sums(sums, out, out_stride);
+  }
   accumulate<Format, R, B>(sums, rows.data, rows.stride, weights.data, weights.stride,
                            weights.depth / Format::kStepDepth);
   store_sums(sums, out, out_stride);
@@ -212,7 +222,7 @@ struct Int4 {
 };
 
 template <class Format, int R, int B>
-void int_tile(const Rows& rows, const Panel& weights, float* out, int64_t out_stride) {
+void int_tile(const Rows& rows, const Panel& weights, bool, float* out, int64_t out_stride) {
   Sums<R, B> total;
   clear(total);
   const int64_t header = (weights.depth / weights.group * kBlock * 2 + 63) / 64 * 64;
@@ -251,7 +261,7 @@ void int_tile(const Rows& rows, const Panel& weights, float* out, int64_t out_st
 
 // ---------------------------------------------------------------- from any number of rows to tiles
 
-using TileFunction = void (*)(const Rows& rows, const Panel& weights, float* out, int64_t out_stride);
+using TileFunction = void (*)(const Rows& rows, const Panel& weights, bool is_first, float* out, int64_t out_stride);
 
 template <class Format, int B, int... R>
 constexpr std::array<TileFunction, sizeof...(R)> float_tiles(std::integer_sequence<int, R...>) {
@@ -267,8 +277,8 @@ constexpr std::array<TileFunction, sizeof...(R)> int_tiles(std::integer_sequence
 // first cache, and the blocks, which the caller takes few of, in the second.
 template <size_t N, size_t M>
 INFINILM_INLINE void tiled(const std::array<TileFunction, N>& single, const std::array<TileFunction, M>& wide,
-                           const Rows& rows, int64_t num_rows, const Panel& weights, int64_t num_blocks, float* out,
-                           int64_t out_stride) {
+                           const Rows& rows, int64_t num_rows, const Panel& weights, int64_t num_blocks, bool is_first,
+                           float* out, int64_t out_stride) {
   const int64_t most = num_blocks >= kWideBlocks && num_rows > 4 ? M : N;
   const int64_t num_tiles = (num_rows + most - 1) / most;
   for (int64_t tile = 0; tile < num_tiles; ++tile) {
@@ -277,7 +287,7 @@ INFINILM_INLINE void tiled(const std::array<TileFunction, N>& single, const std:
     for (int64_t block = 0; block < num_blocks;) {
       const Panel here{weights.data + block * weights.stride, weights.stride, weights.depth, weights.group};
       const bool is_wide = num_blocks - block >= kWideBlocks && height > 4 && height <= static_cast<int64_t>(M);
-      (is_wide ? wide[height - 1] : single[height - 1])(some, here, out + first * out_stride + block * kBlock,
+      (is_wide ? wide[height - 1] : single[height - 1])(some, here, is_first, out + first * out_stride + block * kBlock,
                                                         out_stride);
       block += is_wide ? kWideBlocks : 1;
     }
@@ -289,7 +299,15 @@ void float_gemm(const Rows& rows, int64_t num_rows, const Panel& weights, int64_
                 int64_t out_stride) {
   static constexpr auto kSingle = float_tiles<Format, 1>(std::make_integer_sequence<int, kFloatRows>());
   static constexpr auto kWide = float_tiles<Format, kWideBlocks>(std::make_integer_sequence<int, kWideFloatRows>());
-  tiled(kSingle, kWide, rows, num_rows, weights, num_blocks, out, out_stride);
+  const int64_t num_steps = weights.depth / Format::kStepDepth;
+  const int64_t at_once = num_rows > 4 ? kStepsAtOnce<Format> : num_steps;
+  for (int64_t step = 0; step < num_steps; step += at_once) {
+    Rows some = rows;
+    some.data += step * Format::kStepBytes;
+    const int64_t depth = std::min(at_once, num_steps - step) * Format::kStepDepth;
+    const Panel part{weights.data + step * 64, weights.stride, depth, 0};
+    tiled(kSingle, kWide, some, num_rows, part, num_blocks, step == 0, out, out_stride);
+  }
 }
 
 template <class Format>
@@ -297,5 +315,5 @@ void int_gemm(const Rows& rows, int64_t num_rows, const Panel& weights, int64_t 
               int64_t out_stride) {
   static constexpr auto kSingle = int_tiles<Format, 1>(std::make_integer_sequence<int, kIntRows>());
   static constexpr auto kWide = int_tiles<Format, kWideBlocks>(std::make_integer_sequence<int, kWideIntRows>());
-  tiled(kSingle, kWide, rows, num_rows, weights, num_blocks, out, out_stride);
+  tiled(kSingle, kWide, rows, num_rows, weights, num_blocks, true, out, out_stride);
 }

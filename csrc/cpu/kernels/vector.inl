@@ -21,7 +21,8 @@ INFINILM_INLINE int32_t load_int(const void* p) {
   return x;
 }
 INFINILM_INLINE void store(void* p, VF x) { *static_cast<UnalignedVF*>(p) = x; }
-INFINILM_INLINE VF all(float x) { return VF{} + x; }
+// Less zero, not plus: that changes no x, so nothing is left of it but a broadcast.
+INFINILM_INLINE VF all(float x) { return x - VF{}; }
 INFINILM_INLINE VI all_bits(int32_t x) { return VI{} + x; }
 INFINILM_INLINE VF as_floats(VI x) { return reinterpret_cast<VF>(x); }
 INFINILM_INLINE VI as_bits(VF x) { return reinterpret_cast<VI>(x); }
