@@ -3,6 +3,7 @@
  * Its model has one parameter, "table" (vocab_size,) in float32, and a tied one; the logits of token t are table + t.
  * What happened is counted, and told to `query`.
  */
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -59,7 +60,18 @@ static int32_t fail(infinilm_error *error, int32_t code, const char *message) {
   return code;
 }
 
+/* Wait until somebody has written a byte to a pipe. */
+__attribute__((unused)) static void wait_for(const char *path) {
+  FILE *file = fopen(path, "r");
+  if (file == NULL) return;
+  (void)fgetc(file);
+  fclose(file);
+}
+
 static int32_t probe(const infinilm_host *host, infinilm_error *error) {
+#ifdef PROBE_WAITS
+  wait_for(PROBE_WAITS);
+#endif
   ADD(num_probes, 1);
   if (!INFINILM_COVERS(host, infinilm_host, all_gather)) return fail(error, INFINILM_INVALID, "the host is too small");
 #ifdef PROBE_MESSAGE
@@ -98,6 +110,9 @@ static int32_t query(infinilm_backend *backend, const char *name, int64_t *value
 static int32_t create(const infinilm_host *host, const char *options, infinilm_backend **backend,
                       infinilm_error *error) {
   ADD(num_creates, 1);
+#ifdef CREATE_WAITS
+  wait_for(CREATE_WAITS);
+#endif
 #ifdef CREATE_MESSAGE
   return fail(error, INFINILM_UNAVAILABLE, CREATE_MESSAGE);
 #endif
@@ -342,6 +357,10 @@ static const infinilm_backend_table table = {MAGIC,
 #ifdef ENTRY_NAME
 #define infinilm_backend_entry ENTRY_NAME
 INFINILM_EXPORT const infinilm_backend_table *infinilm_backend_entry(uint32_t host_major, uint32_t host_minor);
+#endif
+
+#ifdef OPEN_WAITS
+__attribute__((constructor)) static void open_late(void) { wait_for(OPEN_WAITS); }
 #endif
 
 #ifdef UNDEFINED

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <string>
 #include <thread>
 #include <vector>
@@ -51,6 +52,34 @@ float step(Model &model, int32_t token) {
   DLTensor logits{row.data(), {kDLCPU, 0}, 2, {kDLFloat, 32, 1}, shape, strides, 0};
   model.forward(batch, logits);
   return row[0];
+}
+
+// What the host offers: memory of any alignment, and every index of a loop exactly once.
+void try_host() {
+  const HostTable made("test");
+  const infinilm_host &host = made.table;
+  for (const uint64_t alignment : {1, 8, 64, 4096, 1 << 21}) {
+    void *memory = host.allocate(host.context, 100, alignment);
+    require(memory != nullptr && reinterpret_cast<uintptr_t>(memory) % alignment == 0, "aligned memory");
+    std::memset(memory, 1, 100);
+    host.deallocate(host.context, memory);
+  }
+  require(host.allocate(host.context, 100, 3) == nullptr, "3 is no alignment");
+  require(host.allocate(host.context, UINT64_MAX, 64) == nullptr, "there is not so much memory");
+  host.deallocate(host.context, nullptr);
+  for (const int64_t count : {0, 1, 2, 7, 1000}) {
+    std::vector<std::atomic<int>> times(static_cast<std::size_t>(count));
+    host.parallel_for(
+        host.context, count,
+        [](void *argument, int64_t begin, int64_t end) {
+          auto &its = *static_cast<std::vector<std::atomic<int>> *>(argument);
+          for (int64_t i = begin; i < end; ++i) ++its[static_cast<std::size_t>(i)];
+        },
+        &times);
+    for (const auto &number : times) require(number == 1, "every index once");
+  }
+  require(host.is_aborted(host.context) == 0, "nothing is aborted");
+  require(host.rank == 0 && host.world_size == 1 && host.all_reduce == nullptr, "a world of one");
 }
 
 // A whole life, with a buffer that outlives the model.
@@ -116,6 +145,7 @@ void cancel_a_step(const std::shared_ptr<Library> &library) {
 int main(int, char **paths) {
   set_log_sink([](const char *, int32_t, const char *) {});
   const std::string good = paths[1], concurrent = paths[2], waits = paths[3], refused = paths[4], late = paths[5];
+  try_host();
   in_threads(16, [&](int) { require(load_library(good)->query("creates") == 1, "created once"); });
   in_threads(8, [&](int i) { live(load_library(i % 2 == 0 ? good : concurrent), i); });
   in_threads(8, [&](int i) { refuse(i % 2 == 0 ? refused : "/no/such/file.so", i % 2 == 0 ? "create" : "find"); });
@@ -137,6 +167,7 @@ int main(int, char **paths) {
   });
   shut_down(2000);
   runner.join();
+  require(is_aborted(), "libraries are told");
   require(load_library(good)->backend == nullptr && load_library(waits)->backend == nullptr, "all are destroyed");
   try {
     (void)Model::create(load_library(good), request());

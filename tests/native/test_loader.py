@@ -279,3 +279,23 @@ def test_nothing_is_loaded_at_import(good: Path) -> None:
     env = {**os.environ, "INFINILM_BACKEND_PLUGINS": str(good)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert done.stdout.strip() == "False"
+
+
+LOADS_IN_A_THREAD = """
+import sys, threading
+from infinilm.native.libraries import open_library
+loader = threading.Thread(target=open_library, args=(sys.argv[1],))
+loader.start()
+with open(sys.argv[2], "w") as pipe:  # opens once the library waits at the other end, if Python runs on meanwhile
+    pipe.write("x")
+loader.join()
+print("loaded")
+"""
+
+
+@pytest.mark.parametrize("stage", ["OPEN_WAITS", "PROBE_WAITS", "CREATE_WAITS"])
+def test_python_runs_on_while_a_library_is_loaded(tmp_path: Path, stage: str) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    path = compile_fixture(tmp_path / "waits.so", **{stage: str(pipe)})
+    assert run_python(LOADS_IN_A_THREAD, path, pipe, timeout=30).stdout == "loaded\n"
