@@ -52,6 +52,10 @@ int64_t shared_counter = 0;
 #define READ(counter) __atomic_load_n(&(counter), __ATOMIC_SEQ_CST)
 static int64_t num_probes, num_creates, num_models, num_deleters, num_caches, num_copies, num_releases, num_forwards;
 
+#ifndef CONCURRENT
+static int64_t num_unguarded; /* a race, unless calls are kept apart */
+#endif
+
 static int32_t fail(infinilm_error *error, int32_t code, const char *message) {
   if (INFINILM_COVERS(error, infinilm_error, message)) {
     strncpy(error->message, message, INFINILM_MESSAGE_SIZE - 1);
@@ -293,6 +297,9 @@ static int32_t forward(infinilm_model *model, infinilm_cache *cache, const infin
                        const DLTensor *logits, infinilm_error *error) {
   (void)cache;
   ADD(num_forwards, 1);
+#ifndef CONCURRENT
+  ++num_unguarded;
+#endif
 #ifdef FORWARD_THROWS
   throw_something();
 #endif
