@@ -215,8 +215,13 @@ void bind_library(py::module_ &module) {
   module.def("load_library", &load_library, py::arg("path"), Unlocked());
   module.def("loaded_libraries", &loaded_libraries, Unlocked());
   module.def("refusals", [] {
+    std::vector<Refusal> found;
+    {
+      const py::gil_scoped_release unlocked;  // a library that is being created may hold the lock, and log
+      found = refusals();
+    }
     std::vector<py::tuple> made;
-    for (const Refusal &its : refusals()) {
+    for (const Refusal &its : found) {
       made.push_back(py::make_tuple(its.path, its.stage, its.reason, its.abi_found, its.abi_wanted));
     }
     return made;

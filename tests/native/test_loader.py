@@ -283,12 +283,15 @@ def test_nothing_is_loaded_at_import(good: Path) -> None:
 
 LOADS_IN_A_THREAD = """
 import sys, threading
-from infinilm.native.libraries import open_library
-loader = threading.Thread(target=open_library, args=(sys.argv[1],))
-loader.start()
+from infinilm.native.libraries import loaded_libraries, open_library, refused_libraries
+threads = [threading.Thread(target=open_library, args=(sys.argv[1],))]
+threads += [threading.Thread(target=ask) for ask in (loaded_libraries, refused_libraries)]
+for thread in threads:  # those that ask wait for the first, which will want to log
+    thread.start()
 with open(sys.argv[2], "w") as pipe:  # opens once the library waits at the other end, if Python runs on meanwhile
     pipe.write("x")
-loader.join()
+for thread in threads:
+    thread.join()
 print("loaded")
 """
 
