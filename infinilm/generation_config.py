@@ -10,6 +10,8 @@ from infinilm.plugins import Lineage
 from infinilm.sampling_params import SamplingParams
 from infinilm_hookspecs import Checkpoint, CheckpointError, DecoderConfig
 
+_SAME_NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
 
 def read_generation_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """Return the checkpoint's generation config, empty where it has none. Raises `CheckpointError` for a broken one."""
@@ -27,11 +29,13 @@ def read_generation_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 def default_sampling_params(stored: Mapping[str, Any]) -> SamplingParams:
     """Return the engine's defaults, replaced by what a generation config says. `do_sample: false` is greedy."""
-    said = {key: stored[key] for key in ("temperature", "top_p", "top_k") if stored.get(key) is not None}
+    said = {key: stored[key] for key in _SAME_NAMES if stored.get(key) is not None}
     if stored.get("max_new_tokens") is not None:
         said["max_tokens"] = stored["max_new_tokens"]
     if stored.get("do_sample") is False:
         said["temperature"] = 0.0
+    if stored.get("no_repeat_ngram_size"):  # 0 is off there
+        said["extra_args"] = {"no_repeat_ngram_size": stored["no_repeat_ngram_size"]}
     return SamplingParams(**said)
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infinilm import pipeline, progress
+from infinilm.engine.admission import Prepared
 from infinilm.engine.engine import Engine
+from infinilm.engine.request import Failure
 from infinilm.engine.sizing import size_cache
 from infinilm.generation_config import default_sampling_params, eos_token_ids, read_generation_config
 from infinilm.loading import export
@@ -19,8 +23,8 @@ from infinilm.loading.plan import PlannedParameter
 from infinilm.outputs import RequestOutput
 from infinilm.plugins import PluginManager, create_plugin_manager, trace_lineage
 from infinilm.plugins.model_spec import thaw
-from infinilm.sampling_params import SamplingParams
-from infinilm_hookspecs import Backend, PlanError, Processor, RequestError, StoredTensor
+from infinilm.sampling_params import RequestOutputKind, SamplingParams
+from infinilm_hookspecs import Backend, DecoderConfig, PlanError, Processor, RequestError, StoredTensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +41,8 @@ class LLM:
     caller's instead. `backend` and `platform` are "auto" or the name of the plugin to ask. `dtype` is "auto", the
     checkpoint's own, or a name such as "bfloat16". `tokenizer` is another folder, or Hub id, to take the tokenizer and
     chat template from. `trust_remote_code` keeps the key of the config that names code, `auto_map`, for a plugin to run
-    it. `max_model_len` and `max_num_batched_tokens` are in tokens, `kv_cache_memory` in bytes.
+    it. `max_model_len` and `max_num_batched_tokens` are in tokens, `kv_cache_memory` in bytes. `enable_prefix_caching`
+    lets prompts that begin alike be computed once, where the backend can share its cache.
     `generation_config="auto"` takes default sampling parameters from the checkpoint, "vllm" keeps the engine's own.
     `seed` makes requests without a seed repeatable.
 
@@ -62,6 +67,7 @@ class LLM:
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048,
         kv_cache_memory: int | None = None,
+        enable_prefix_caching: bool = True,
         generation_config: str = "auto",
         seed: int | None = None,
     ) -> None:
@@ -89,6 +95,8 @@ class LLM:
             self.plan = pipeline.make_plan(pm, checkpoint, self.lineage, self.choice)
             self.plan.check(pm.failures())
             self.processor = pipeline.select_processor(pm, self.lineage, checkpoint, tokenizer)
+            self._text = self.processor.value if self.processor else None
+            logits_processors = pipeline.collect_logits_processors(pm, self._text)
             stored = read_generation_config(checkpoint)
             self._backend = self.choice.backend
             try:
@@ -107,26 +115,35 @@ class LLM:
             except BaseException:
                 self.close()
                 raise
-        self._text = self.processor.value if self.processor else None
+        spec = self._backend.cache_spec()
         self.engine = Engine(
             self._backend,
             self._text,
             num_blocks=size.num_blocks,
-            block_size=self._backend.cache_spec().block_size,
+            block_size=spec.block_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=size.max_model_len,
             vocab_size=pipeline.vocabulary_size(self.lineage),
             eos_token_ids=self._text.eos_token_ids if self._text else eos_token_ids(stored, self.lineage),
             seed=seed,
+            is_sharing=enable_prefix_caching and spec.shareable,
+            logits_processors=logits_processors,
         )
         self._default_params = default_sampling_params(stored) if generation_config == "auto" else SamplingParams()
         self._request_ids = (str(number) for number in itertools.count())
+        self._occupation = threading.Lock()
+        self._occupant = ""
 
     @property
     def backend(self) -> Backend:
         """The backend that runs the model."""
         return self._backend
+
+    @property
+    def weight_version(self) -> str:
+        """What the weights are called that answers are made with; "0" after a load."""
+        return self.engine.weight_version
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Return what `generate` uses where no `SamplingParams` are given."""
@@ -147,37 +164,66 @@ class LLM:
         wanted = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         params = self._params_for(wanted, sampling_params)
         request_ids: list[str] = []
-        try:
-            for prompt, its_params in zip(wanted, params, strict=True):
-                request_ids.append(next(self._request_ids))
-                text, token_ids = self._tokens_of(prompt)
-                self.engine.add_request(request_ids[-1], token_ids, its_params, prompt=text)
-            return self._run(request_ids, use_tqdm)
-        except BaseException:
-            self.engine.abort(request_ids)
-            raise
+        with self.occupied_by("a call of generate()"):
+            try:
+                for prompt, its_params in zip(wanted, params, strict=True):
+                    request_ids.append(next(self._request_ids))
+                    final = replace(its_params, output_kind=RequestOutputKind.FINAL_ONLY)
+                    self.engine.add(request_ids[-1], self.prepare(request_ids[-1], prompt, final))
+                return self._run(request_ids, use_tqdm)
+            except BaseException:
+                self.engine.abort(request_ids)
+                raise
 
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         use_tqdm: bool = True,
-        **template_kwargs: Any,
     ) -> list[RequestOutput]:
         """Return the answer to one conversation, or to each of several.
 
-        A conversation is a list of `{"role": ..., "content": ...}`. `template_kwargs` go to the model's chat template.
-        Raises `RequestError` where the model has none.
+        A conversation is a list of `{"role": ..., "content": ...}`. `tools` and `chat_template_kwargs` go to the
+        model's chat template. Raises `RequestError` where the model has none.
         """
         several = messages if messages and isinstance(messages[0], Sequence) else [messages]
         processor = self._require_text("chat")
         prompts: list[Prompt] = []
         for conversation in several:
-            text = processor.render_chat(conversation, **template_kwargs)  # type: ignore[arg-type]  # told apart above
+            text = processor.render_chat(
+                conversation,  # type: ignore[arg-type]  # told apart above
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                **(chat_template_kwargs or {}),
+            )
             token_ids = processor.encode(text, add_special_tokens=False)
             prompts.append({"prompt": text, "prompt_token_ids": token_ids})
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def prepare(self, request_id: str, prompt: Prompt, sampling_params: SamplingParams) -> Prepared:
+        """Return a request as the engine takes it: tokens, and what is compiled for it. Any thread may call it.
+
+        Raises `RequestError` when it is malformed or can never be served.
+        """
+        text, token_ids = self._tokens_of(prompt)
+        return self.engine.prepare(request_id, token_ids, sampling_params, prompt=text)
+
+    @contextmanager
+    def occupied_by(self, occupant: str) -> Iterator[None]:
+        """Keep the engine for one user at a time. Raises `RequestError` where another has it."""
+        if not self._occupation.acquire(blocking=False):
+            raise RequestError(
+                f"this LLM is in use by {self._occupant}; wait until that is over, or use the AsyncLLM for everything"
+            )
+        self._occupant = occupant
+        try:
+            yield
+        finally:
+            self._occupation.release()
 
     def export(self, path: str | Path, *, original: bool = False, reuse: str | Path | None = None) -> None:
         """Write the model to the folder `path`, which must not exist or be empty.
@@ -211,7 +257,8 @@ class LLM:
         if self._text is not None and self._text.eos_token_ids:
             eos = sorted(self._text.eos_token_ids)
             defaults["eos_token_id"] = eos[0] if len(eos) == 1 else eos
-        stated = dict(self.lineage.last_raw())
+        taken = self._backend.config
+        stated = dict(self.lineage.last_raw() if isinstance(taken, DecoderConfig) else taken)
         if self.checkpoint.value.quantization is not None:
             stated.pop("quantization_config", None)  # what is written is dequantized
         return defaults | stated
@@ -234,11 +281,14 @@ class LLM:
 
     def _run(self, request_ids: Sequence[str], use_tqdm: bool) -> list[RequestOutput]:
         finished: dict[str, RequestOutput] = {}
-        with progress.requests_bar(len(request_ids), "generating", enabled=use_tqdm) as bar:
+        with progress.generation_bar(len(request_ids), enabled=use_tqdm) as bar:
             while len(finished) < len(request_ids):
                 for output in self.engine.step():
+                    if isinstance(output, Failure):
+                        raise output.error
                     finished[output.request_id] = output
-                    bar.update()
+                stats = self.engine.stats()
+                bar.show(len(finished), stats.num_prompt_tokens, stats.num_generation_tokens)
         return [finished[request_id] for request_id in request_ids]
 
     def _params_for(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "abort"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +19,13 @@ class Logprob:
 
 @dataclass(frozen=True, slots=True)
 class CompletionOutput:
-    """One answer.
+    """One answer, or what is new of it.
 
     `text` continues the prompt: `prompt + text` reads on. `token_ids` include the end-of-sequence token, `text` does
-    not. `logprobs` has one dict per token, with the chosen token first; `cumulative_logprob` is their sum, in nats.
-    `finish_reason` is "stop" at an end-of-sequence token or a stop string, which is then `stop_reason`; "length" where
-    a limit was reached; `None` while there is more to come.
+    not. `logprobs` has one dict per token, with the chosen token first; `cumulative_logprob` is the sum of the chosen
+    tokens' from the first on, in nats. `finish_reason` is "stop" at an end-of-sequence token, or at a stop string or
+    stop token, which is then `stop_reason`; "length" where a limit was reached; "abort"; `None` while there is more to
+    come.
     """
 
     index: int
@@ -37,8 +38,26 @@ class CompletionOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestMetrics:
+    """When things happened to a request, in seconds of `time.monotonic()`, `None` where they have not.
+
+    `num_cached_tokens` are those of the prompt that were taken from the prefix cache when it started.
+    """
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """One request's result. `prompt_logprobs[0]` is `None`: nothing comes before the first token."""
+    """One request's result, or what there is of it. `prompt_logprobs[0]` is `None`: nothing comes before the first.
+
+    `outputs` are sorted by `index`: all answers, or in a stream of deltas those that have something new.
+    `weight_version` names the weights that its last token was made with.
+    """
 
     request_id: str
     prompt: str | None
@@ -46,3 +65,21 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None
     outputs: list[CompletionOutput]
     finished: bool
+    metrics: RequestMetrics | None = None
+    weight_version: str = "0"
+
+
+def merge_deltas(earlier: RequestOutput, later: RequestOutput) -> RequestOutput:
+    """Return what a reader of a stream of deltas gets who missed `earlier`."""
+    merged = {output.index: output for output in earlier.outputs}
+    for output in later.outputs:
+        before = merged.get(output.index)
+        merged[output.index] = output if before is None else _joined(before, output)
+    return replace(later, outputs=[merged[index] for index in sorted(merged)])
+
+
+def _joined(before: CompletionOutput, after: CompletionOutput) -> CompletionOutput:
+    logprobs = None if after.logprobs is None else [*(before.logprobs or ()), *after.logprobs]
+    return replace(
+        after, text=before.text + after.text, token_ids=[*before.token_ids, *after.token_ids], logprobs=logprobs
+    )

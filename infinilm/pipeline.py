@@ -35,6 +35,7 @@ from infinilm_hookspecs import (
     ConfigError,
     DecoderConfig,
     InfinilmError,
+    LogitsProcessorFactory,
     Named,
     Platform,
     PluginError,
@@ -43,7 +44,6 @@ from infinilm_hookspecs import (
     UnavailableError,
 )
 from infinilm_hookspecs.state_dicts import RuleChain, StateDictRule
-from infinilm_hookspecs.types import LogitsProcessorFactory
 
 _log = logging.getLogger("infinilm")
 

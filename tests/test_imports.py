@@ -35,6 +35,7 @@ LAYERS = {
     "processors": {"processors"},
     "backends": {"backends", "native"},
     "platforms": {"platforms"},
+    "logits_processors": set(),
     "testing": {"testing", "backends", "platforms", "llm", "sampling_params"},
     "progress": set(),
     "outputs": set(),

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Iterable, Sequence
-from operator import index
-from typing import TYPE_CHECKING
+import time
+from collections import abc
 
-from infinilm.engine.batch import Step, build_step
-from infinilm.engine.detokenizer import Detokenizer
+from infinilm.engine.admission import Admission, Prepared
+from infinilm.engine.batch import Chunks, build_step
+from infinilm.engine.choice import Chooser, Failures
 from infinilm.engine.kv_cache import BlockPool
-from infinilm.engine.request import Request
-from infinilm.engine.sampler import TokenLogprob, make_generator, sample, score
+from infinilm.engine.request import Failure, Request
 from infinilm.engine.scheduler import Scheduler
-from infinilm.outputs import Logprob, RequestOutput
+from infinilm.engine.sequence import Sequence
+from infinilm.engine.stats import EngineStats
+from infinilm.outputs import FinishReason, RequestOutput
 from infinilm.sampling_params import SamplingParams
 from infinilm_hookspecs import Backend, Processor, RequestError
-
-if TYPE_CHECKING:
-    import torch
+from infinilm_hookspecs.types import LogitsProcessorFactory
 
 
 class Engine:
-    """Serves requests on one backend, many at a time. Not thread-safe: one thread adds, steps and aborts.
+    """Serves requests on one backend, many at a time. One thread adds, steps and aborts; any may `prepare`.
 
     The backend's cache is allocated already, with `num_blocks` blocks and `max_num_seqs` slots. Lengths are in tokens.
     `seed` makes a run repeatable: it seeds the requests that bring no seed, in the order they are added. `processor` is
-    `None` for a model without text: results have token ids only.
+    `None` for a model without text: results have token ids only. `is_sharing` lets requests start with what others
+    computed of the same tokens. `logits_processors` are by the key of `SamplingParams.extra_args`.
     """
 
     def __init__(
@@ -42,188 +43,197 @@ class Engine:
         vocab_size: int,
         eos_token_ids: frozenset[int],
         seed: int | None,
+        is_sharing: bool = False,
+        logits_processors: abc.Mapping[str, LogitsProcessorFactory] | None = None,
     ) -> None:
         self.max_model_len = max_model_len
+        self.max_num_seqs = max_num_seqs
+        self.num_failed_steps = 0  # in a row
         self._backend = backend
-        self._processor = processor
-        self._vocab_size = vocab_size
-        self._eos_token_ids = eos_token_ids
+        self._chooser = Chooser(processor, eos_token_ids)
         self._seeds = random.Random(seed)
-        self._pool = BlockPool(num_blocks, block_size)
+        self._weight_version = "0"
+        self._pool = BlockPool(num_blocks, block_size, is_sharing=is_sharing)
         self._scheduler = Scheduler(
             self._pool, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
         )
+        self._admission = Admission(
+            processor,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_model_len=max_model_len,
+            vocab_size=vocab_size,
+            eos_token_ids=eos_token_ids,
+            logits_processors=logits_processors or {},
+        )
         self._requests: dict[str, Request] = {}
+        self._sequences: dict[int, Sequence] = {}
+        self._sequence_ids = itertools.count()
+        self._num_prompt_tokens = 0
+        self._num_generation_tokens = 0
+        self._num_finished: dict[FinishReason, int] = {"stop": 0, "length": 0, "abort": 0}
 
     @property
-    def num_running(self) -> int:
-        """How many requests hold a slot."""
-        return len(self._scheduler.running)
+    def weight_version(self) -> str:
+        """What the weights are called that tokens are made with."""
+        return self._weight_version
 
-    @property
-    def num_waiting(self) -> int:
-        """How many requests wait for their first step, or for another after a preemption."""
-        return len(self._scheduler.waiting)
+    def change_weight_version(self, version: str) -> None:
+        """Take note that the backend has other weights: nothing is found in the prefix cache that is of those before.
 
-    @property
-    def num_free_blocks(self) -> int:
-        """How many blocks of the cache nobody holds."""
-        return self._pool.num_free
+        What runs goes on with what it has computed.
+        """
+        self._weight_version = version
+        self._pool.forget_all(version)
 
-    @property
-    def num_preemptions(self) -> int:
-        """How often a request gave up its blocks to one that started before it."""
-        return self._scheduler.num_preemptions
+    def stats(self) -> EngineStats:
+        """Return the numbers of now. Any thread may ask."""
+        return EngineStats(
+            num_running=len(self._scheduler.running),
+            num_waiting=max(len(self._sequences) - len(self._scheduler.running), 0),  # another thread may be stepping
+            num_blocks=self._pool.num_blocks,
+            num_free_blocks=self._pool.num_free,
+            num_preemptions=self._scheduler.num_preemptions,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_generation_tokens=self._num_generation_tokens,
+            prefix_cache_queries=self._scheduler.num_queried_tokens,
+            prefix_cache_hits=self._scheduler.num_cached_tokens,
+            num_finished=dict(self._num_finished),
+            weight_version=self._weight_version,
+        )
 
     def has_unfinished(self) -> bool:
         """Return whether `step` has anything to do."""
         return bool(self._requests)
 
+    def prepare(
+        self,
+        request_id: str,
+        prompt_token_ids: abc.Sequence[int],
+        params: SamplingParams,
+        *,
+        prompt: str | None = None,
+    ) -> Prepared:
+        """Do what can be slow before a request is added: compile its grammar. Any thread may.
+
+        Raises `RequestError` where it is malformed or could never be served, even alone.
+        """
+        return self._admission.prepare(request_id, prompt_token_ids, params, prompt)
+
     def add_request(
-        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, *, prompt: str | None = None
+        self, request_id: str, prompt_token_ids: abc.Sequence[int], params: SamplingParams, *, prompt: str | None = None
     ) -> None:
-        """Queue a request. Raises `RequestError` where it is malformed or could never be served, even alone."""
+        """Prepare and queue a request. Raises `RequestError`."""
+        self.add(request_id, self.prepare(request_id, prompt_token_ids, params, prompt=prompt))
+
+    def add(self, request_id: str, prepared: Prepared, *, arrival_time: float | None = None) -> None:
+        """Queue a request that is prepared. Raises `RequestError` where its id is in use."""
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use; take another until that request is finished")
-        token_ids = self._checked_token_ids(request_id, prompt_token_ids)
-        if params.stop and self._processor is None:
-            raise RequestError(
-                f"request {request_id!r}: stop={params.stop!r} needs text, and this model has no processor; "
-                "leave stop out, or give the model a tokenizer"
-            )
-        request = Request(
-            request_id=request_id,
-            prompt=prompt,
-            token_ids=token_ids,
-            params=params,
-            max_num_tokens=self._checked_length(request_id, len(token_ids), params.max_tokens),
-            seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
-            detokenizer=self._detokenizer(params, context=token_ids[-1:]),
-        )
+        arrival_time = time.monotonic() if arrival_time is None else arrival_time
+        seed = self._seeds.getrandbits(63) if prepared.params.seed is None else prepared.params.seed
+        request = self._admission.make_request(request_id, prepared, seed, self._sequence_ids, arrival_time)
         self._requests[request_id] = request
-        self._scheduler.add(request)
+        self._sequences.update((sequence.sequence_id, sequence) for sequence in request.sequences)
+        # With a cache to share, the others wait until the first has put the prompt there.
+        request.num_queued = 1 if self._pool.is_sharing else len(request.sequences)
+        for sequence in request.sequences[: request.num_queued]:
+            self._scheduler.add(sequence)
 
-    def step(self) -> list[RequestOutput]:
-        """Run one step and return the requests that finished in it.
+    def step(self) -> list[RequestOutput | Failure]:
+        """Run one step and return what is due: what each request asks to be told, and those that failed.
 
-        When the backend, or anything after it, raises, the requests of that step are aborted and the error propagates;
-        those that wait stay.
+        When the backend raises, the requests of that step fail and the others stay.
         """
-        return [request.output() for request in self._advance() if request.is_finished]
-
-    def abort(self, request_ids: Iterable[str]) -> None:
-        """Drop requests, running or waiting, and free all they hold. Unknown ids are ignored: they may be finished."""
-        self._forget([self._requests[request_id] for request_id in set(request_ids) if request_id in self._requests])
-
-    def _advance(self) -> list[Request]:
-        """Run one step and return the requests that got a token."""
         scheduled = self._scheduler.schedule()
+        chunks = [(self._sequences[sequence_id], count) for sequence_id, count in scheduled.num_tokens.items()]
+        assert chunks or not self._requests, "requests are left and none can run"
+        if not chunks:
+            return []
         try:
             self._release(scheduled.released_slots)
-            if not scheduled.num_tokens:
-                assert not self._requests, "requests are left and none can run"
-                return []
-            chunks = [(self._requests[request_id], count) for request_id, count in scheduled.num_tokens.items()]
-            step = build_step(chunks, self._pool.block_size)
-            logits = self._backend.forward(step.batch)  # (len(logits_indices), vocab_size)
-            for request, num_tokens in chunks:
-                request.num_computed_tokens += num_tokens
-            self._score_prompts(step, logits)
-            advanced = self._sample(step, logits)
+            sampled, failed = self._run(chunks)
+        except Exception as err:
+            self.num_failed_steps += 1
+            sampled, failed = [], dict.fromkeys((sequence.request for sequence, _ in chunks), err)
         except BaseException:
-            self.abort(scheduled.num_tokens)
+            self._drop({sequence.request for sequence, _ in chunks})
             raise
-        self._forget([request for request in advanced if request.is_finished])
-        return advanced
+        else:
+            self.num_failed_steps = 0
+        self._drop(failed)
+        failures = [Failure(request.request_id, error) for request, error in failed.items()]
+        return [*failures, *self._report([sequence for sequence in sampled if sequence.request not in failed])]
 
-    def _forget(self, requests: Sequence[Request]) -> None:
+    def abort(self, request_ids: abc.Iterable[str]) -> list[RequestOutput]:
+        """Drop requests, running or waiting, free all they hold, and return what there is of them.
+
+        Unknown ids are ignored: they may be finished.
+        """
+        requests = [self._requests[known] for known in dict.fromkeys(request_ids) if known in self._requests]
+        self._drop(requests)
+        return self._outputs(requests)
+
+    def _run(self, chunks: Chunks) -> tuple[list[Sequence], Failures]:
+        """Compute one step. Return the sequences that got a token, and the requests that failed by themselves."""
+        now = time.monotonic()
+        for sequence, _ in chunks:
+            if sequence.request.first_scheduled_time is None:
+                sequence.request.first_scheduled_time = now
+                sequence.request.num_cached_tokens = sequence.num_computed_tokens
+        step = build_step(chunks, self._pool.block_size)
+        logits = self._backend.forward(step.batch)  # (len(logits_indices), vocab_size)
+        for sequence, num_tokens in chunks:
+            sequence.num_computed_tokens += num_tokens
+            self._pool.store(sequence.block_table, sequence.token_ids, sequence.num_computed_tokens)
+        return self._chooser.finish_step(step, logits)
+
+    def _report(self, sampled: abc.Sequence[Sequence]) -> list[RequestOutput]:
+        """Take note of what a step did, let go of what is finished, and return the outputs that are due."""
+        now = time.monotonic()
+        self._num_generation_tokens += len(sampled)
+        requests = dict.fromkeys(sequence.request for sequence in sampled)
+        for sequence in sampled:
+            if sequence.num_tokens == sequence.num_prompt_tokens + 1:
+                self._note_first_token(sequence, now)
+        finished = [sequence for sequence in sampled if sequence.finish_reason is not None]
+        self._forget(finished)
+        for request in dict.fromkeys(sequence.request for sequence in finished):
+            if request.is_finished:
+                request.finished_time = now
+                del self._requests[request.request_id]
+        return self._outputs(requests)
+
+    def _outputs(self, requests: abc.Iterable[Request]) -> list[RequestOutput]:
+        outputs = (request.output(self._weight_version) for request in requests)
+        return [output for output in outputs if output is not None]
+
+    def _note_first_token(self, sequence: Sequence, now: float) -> None:
+        request = sequence.request
+        self._num_prompt_tokens += sequence.num_prompt_tokens
+        if request.first_token_time is None:
+            request.first_token_time = now
+            self._scheduler.add_first(request.sequences[request.num_queued :])
+            request.num_queued = len(request.sequences)
+
+    def _drop(self, requests: abc.Iterable[Request]) -> None:
+        """Forget requests and every sequence of theirs that is not forgotten yet."""
         for request in requests:
+            request.abort(time.monotonic())
+            self._forget([its for its in request.sequences if its.sequence_id in self._sequences])
             del self._requests[request.request_id]
-        slots = [self._scheduler.remove(request) for request in requests]
-        self._release([slot for slot in slots if slot is not None])
 
-    def _release(self, slots: Sequence[int]) -> None:
+    def _forget(self, sequences: abc.Sequence[Sequence]) -> None:
+        slots: list[int] = []
+        for sequence in sequences:
+            del self._sequences[sequence.sequence_id]
+            self._num_finished[sequence.finish_reason or "abort"] += 1
+            is_queued = sequence.index < sequence.request.num_queued
+            slot = self._scheduler.remove(sequence) if is_queued else None
+            if slot is not None:
+                slots.append(slot)
+        self._release(slots)
+
+    def _release(self, slots: abc.Sequence[int]) -> None:
         if slots:
             self._backend.release(slots)
-
-    def _sample(self, step: Step, logits: torch.Tensor) -> list[Request]:
-        if not step.sampled:
-            return []
-        requests = [request for request, _ in step.sampled]
-        rows = [row for _, row in step.sampled]
-        last_logits = logits if len(rows) == len(logits) else logits[rows]  # (num_sampled, vocab_size)
-        for request in requests:
-            if request.generator is None and not request.params.is_greedy:
-                request.generator = make_generator(request.seed, logits.device)
-        token_ids = sample(last_logits, [its.params for its in requests], [its.generator for its in requests])
-        self._score_samples(requests, last_logits, token_ids)
-        for request, token_id in zip(requests, token_ids, strict=True):
-            request.append(token_id, self._eos_token_ids)
-        return requests
-
-    def _score_samples(self, requests: Sequence[Request], logits: torch.Tensor, token_ids: Sequence[int]) -> None:
-        rows = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
-        if not rows:
-            return
-        num_top = [requests[row].params.logprobs or 0 for row in rows]
-        for row, entries in zip(rows, score(logits[rows], [token_ids[row] for row in rows], num_top), strict=True):
-            requests[row].logprobs.append(self._logprobs(entries))
-
-    def _score_prompts(self, step: Step, logits: torch.Tensor) -> None:
-        for request, rows in step.scored:
-            start = len(request.prompt_logprobs)
-            num_top = [request.params.prompt_logprobs or 0] * len(rows)
-            targets = request.token_ids[start : start + len(rows)]
-            for entries in score(logits[rows.start : rows.stop], targets, num_top):
-                request.prompt_logprobs.append(self._logprobs(entries))
-
-    def _logprobs(self, entries: Sequence[TokenLogprob]) -> dict[int, Logprob]:
-        result: dict[int, Logprob] = {}
-        for token_id, logprob, rank in entries:
-            if token_id not in result:
-                result[token_id] = Logprob(logprob, rank, self._decode_token(token_id))
-        return result
-
-    def _decode_token(self, token_id: int) -> str | None:
-        if self._processor is None:
-            return None
-        return self._processor.decode([token_id], skip_special_tokens=False)
-
-    def _detokenizer(self, params: SamplingParams, *, context: Sequence[int]) -> Detokenizer | None:
-        if self._processor is None:
-            return None
-        return Detokenizer(self._processor, params.stop or (), context)
-
-    def _checked_token_ids(self, request_id: str, prompt_token_ids: Sequence[int]) -> list[int]:
-        try:
-            token_ids = [index(token_id) for token_id in prompt_token_ids]
-        except TypeError as err:
-            raise RequestError(f"request {request_id!r}: prompt_token_ids must be integers: {err}") from err
-        if not token_ids:
-            raise RequestError(f"request {request_id!r}: the prompt is empty; give at least one token")
-        if min(token_ids) < 0 or max(token_ids) >= self._vocab_size:
-            position = next(at for at, token_id in enumerate(token_ids) if not 0 <= token_id < self._vocab_size)
-            raise RequestError(
-                f"request {request_id!r}: token id {token_ids[position]} at position {position} of the prompt is not "
-                f"in the vocabulary; ids go from 0 to {self._vocab_size - 1}"
-            )
-        return token_ids
-
-    def _checked_length(self, request_id: str, prompt_length: int, max_tokens: int | None) -> int:
-        """Return the length at which the request is full, after making sure that the cache can hold it."""
-        if prompt_length + 1 > self.max_model_len:
-            raise RequestError(
-                f"request {request_id!r}: a prompt of {prompt_length} tokens leaves no room to generate, max_model_len "
-                f"is {self.max_model_len}; shorten the prompt, or raise max_model_len"
-            )
-        full = self.max_model_len if max_tokens is None else min(prompt_length + max_tokens, self.max_model_len)
-        # The last token is never computed, only sampled.
-        needed, there_are = self._pool.blocks_for(full - 1), self._pool.num_blocks
-        if needed > there_are:
-            capacity = there_are * self._pool.block_size
-            raise RequestError(
-                f"request {request_id!r}: {prompt_length} prompt tokens and max_tokens={max_tokens} can reach {full} "
-                f"tokens, which takes {needed} blocks of {self._pool.block_size}, and the cache has {there_are} "
-                f"({capacity} tokens); lower max_tokens or max_model_len, or give the cache more memory"
-            )
-        return full

@@ -1,100 +1,82 @@
-"""`Request`: everything the engine knows about one request, from its arrival to its last token."""
+"""`Request`: a prompt, the answers to it, and what is reported of them."""
 
 from __future__ import annotations
 
-from array import array
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from infinilm.engine.detokenizer import Detokenizer
-from infinilm.outputs import CompletionOutput, FinishReason, Logprob, RequestOutput
-from infinilm.sampling_params import SamplingParams
+from infinilm.engine.sequence import Sequence
+from infinilm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from infinilm.sampling_params import RequestOutputKind, SamplingParams
 
-if TYPE_CHECKING:
-    import torch
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A request that ended because something raised `error`: the backend, or what is done for this request alone."""
+
+    request_id: str
+    error: Exception
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Request:
-    """One prompt and what was generated from it. Mutable: it changes at every step.
+    """One prompt and `params.n` sequences that go on from it, of which `num_queued` are with the scheduler.
 
-    `token_ids` are the prompt's and then the generated ones; the keys and values of the first `num_computed_tokens`
-    are in the cache, in the blocks of `block_table`. Preemption takes blocks and slot and sets `num_computed_tokens` to
-    0; tokens, text, logprobs and the random generator stay, so a preempted request goes on as if nothing had happened.
+    Times are seconds of `time.monotonic()`.
     """
 
     request_id: str
     prompt: str | None
-    token_ids: list[int]
+    prompt_token_ids: list[int]
     params: SamplingParams
-    max_num_tokens: int  # it is finished when it has so many, the prompt's included
-    seed: int
-    detokenizer: Detokenizer | None
-    num_prompt_tokens: int = field(init=False)
-    num_computed_tokens: int = 0
-    block_table: array[int] = field(default_factory=lambda: array("i"))
-    slot: int | None = None
-    generator: torch.Generator | None = None
-    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    arrival_time: float
+    sequences: list[Sequence] = field(default_factory=list)
+    num_queued: int = 0
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
-    finish_reason: FinishReason | None = None
-
-    def __post_init__(self) -> None:
-        self.num_prompt_tokens = len(self.token_ids)
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt and generated tokens."""
-        return len(self.token_ids)
-
-    @property
-    def num_pending_tokens(self) -> int:
-        """Tokens that are known and not in the cache: a whole prompt, what is left of it, or the one just sampled."""
-        return len(self.token_ids) - self.num_computed_tokens
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    num_cached_tokens: int = 0
 
     @property
     def is_finished(self) -> bool:
-        """Whether it got its last token."""
-        return self.finish_reason is not None
+        """Whether every answer is."""
+        return all(sequence.is_finished for sequence in self.sequences)
 
-    def append(self, token_id: int, eos_token_ids: frozenset[int]) -> None:
-        """Take one sampled token, and finish where it is the last: end of sequence, stop string, or full."""
-        self.token_ids.append(token_id)
-        is_eos = token_id in eos_token_ids and not self.params.ignore_eos
-        if is_eos:
-            self.finish_reason = "stop"
-        elif self.num_tokens >= self.max_num_tokens:
-            self.finish_reason = "length"
-        if self.detokenizer is None:
-            return
-        if not is_eos:
-            self.detokenizer.put(token_id)
-        if self.is_finished and self.detokenizer.stop_reason is None:
-            self.detokenizer.finish(self.token_ids[self.num_prompt_tokens : self.num_tokens - is_eos])
-        if self.detokenizer.stop_reason is not None:
-            self.finish_reason = "stop"
+    @property
+    def is_scored(self) -> bool:
+        """Whether every prompt token has its logprobs."""
+        return len(self.prompt_logprobs) == len(self.prompt_token_ids)
 
-    def output(self) -> RequestOutput:
-        """Return what there is so far."""
-        params = self.params
-        completion = CompletionOutput(
-            index=0,
-            text="" if self.detokenizer is None else self.detokenizer.text,
-            token_ids=self.token_ids[self.num_prompt_tokens :],
-            cumulative_logprob=None if params.logprobs is None else self._cumulative_logprob(),
-            logprobs=None if params.logprobs is None else list(self.logprobs),
-            finish_reason=self.finish_reason,
-            stop_reason=None if self.detokenizer is None else self.detokenizer.stop_reason,
-        )
+    def abort(self, now: float) -> None:
+        """Finish every answer that is not finished."""
+        self.finished_time = now
+        for sequence in self.sequences:
+            sequence.finish_reason = sequence.finish_reason or "abort"
+
+    def output(self, weight_version: str) -> RequestOutput | None:
+        """Return what is due now by `params.output_kind`, or `None`."""
+        kind, is_finished = self.params.output_kind, self.is_finished
+        if kind is RequestOutputKind.DELTA:
+            deltas = [delta for sequence in self.sequences if (delta := sequence.delta()) is not None]
+            return self._output(deltas, is_finished, weight_version) if deltas else None
+        if kind is RequestOutputKind.FINAL_ONLY and not is_finished:
+            return None
+        return self._output([sequence.completion() for sequence in self.sequences], is_finished, weight_version)
+
+    def _output(self, outputs: list[CompletionOutput], is_finished: bool, weight_version: str) -> RequestOutput:
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
-            prompt_token_ids=self.token_ids[: self.num_prompt_tokens],
-            prompt_logprobs=None if params.prompt_logprobs is None else list(self.prompt_logprobs),
-            outputs=[completion],
-            finished=self.is_finished,
+            prompt_token_ids=self.prompt_token_ids,
+            prompt_logprobs=None if self.params.prompt_logprobs is None else self.prompt_logprobs,
+            outputs=outputs,
+            finished=is_finished,
+            metrics=RequestMetrics(
+                self.arrival_time,
+                self.first_scheduled_time,
+                self.first_token_time,
+                self.finished_time,
+                self.num_cached_tokens,
+            ),
+            weight_version=weight_version,
         )
-
-    def _cumulative_logprob(self) -> float:
-        chosen = self.token_ids[self.num_prompt_tokens :]
-        return sum(entries[token_id].logprob for token_id, entries in zip(chosen, self.logprobs, strict=True))

@@ -28,7 +28,7 @@ from infinilm_hookspecs.markers import PROJECT_NAME
 RANGE_ATTRIBUTE = "requires_infinilm"
 """What a module without a distribution calls its range of infinilm versions, such as ">=0.1,<0.3"."""
 
-_IN_TREE_PACKAGES = ("platforms", "checkpoints", "models", "backends", "processors")
+_IN_TREE_PACKAGES = ("platforms", "checkpoints", "models", "backends", "processors", "logits_processors")
 _ASKED_LAST = "transformers"  # it takes whatever nobody else does
 
 

@@ -151,7 +151,7 @@ class PluginManager(pluggy.PluginManager):
     def ask_all(self, hook: str, /, *, exclude: Collection[str] = (), **arguments: object) -> list[Answer[Any]]:
         """Call an exclusive hook without the plugins in `exclude`; return every claim."""
         values, heard = self.call(hook, exclude=exclude, **arguments)
-        claims = [claim for answer in heard for claim in _spread(answer)]
+        claims = [*heard, *(claim for answer in heard for claim in _spread(answer))]
         return [next(claim for claim in claims if claim.value is value) for value in values]
 
     def ask_one(self, hook: str, /, *, exclude: Collection[str] = (), **arguments: object) -> Answer[Any] | None:

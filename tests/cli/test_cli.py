@@ -96,7 +96,7 @@ def test_last_word_on_a_plugin_wins_wherever_it_stands(run: Run, words: list[str
 
 def test_blocked_plugin_is_not_asked(llama: Path, run: Run) -> None:
     assert run("inspect", llama).code == 0
-    ran = run("inspect", llama, "-p", "no:llama")
+    ran = run("inspect", llama, "-p", "no:llama", "-p", "no:transformers")
     assert ran.code == 2
     assert "no plugin adapts model_type 'llama'" in ran.error
 
@@ -117,7 +117,10 @@ def test_what_follows_two_dashes_is_no_option(run: Run) -> None:
         (["plugins", "list", "--jason"], "error: unknown option '--jason', did you mean '--json'?; see"),
         (["--jsn", "inspect", "m"], "infinilm: error: unknown option '--jsn', did you mean"),
         (["inspct", "m"], "infinilm: error: unknown command 'inspct', did you mean 'inspect'?; commands: generate, "),
-        (["zzz"], "infinilm: error: unknown command 'zzz'; commands: generate, inspect, export, plugins; see infinilm"),
+        (
+            ["zzz"],
+            "unknown command 'zzz'; commands: generate, chat, serve, bench, inspect, export, plugins; see infinilm",
+        ),
         ([], "infinilm: error: the following arguments are required: COMMAND; see infinilm --help"),
         (["inspect"], "infinilm inspect: error: the following arguments are required: MODEL; see infinilm inspect"),
         (["plugins"], "infinilm plugins: error: the following arguments are required: ACTION; see infinilm plugins"),

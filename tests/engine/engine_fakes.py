@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import codecs
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
 from infinilm.engine.engine import Engine
+from infinilm.engine.request import Failure
 from infinilm_hookspecs import CacheSpec, ForwardBatch
+from infinilm_hookspecs.types import LogitsProcessorFactory
 
 TEXT_OF_TOKEN = [b"!", b"a", b"b", b"c", b"ab", b" ", b"\xe2", b"\x82", b"\xac", b"abc", b"\xe2\x82\xac", b"bc"]
 EOS = 0
@@ -22,16 +24,17 @@ class FakeBackend:
     It sees a wrong block, slot, position or prompt length, and holds the batch to what `ForwardBatch` promises.
     """
 
-    def __init__(self, vocab_size: int = len(TEXT_OF_TOKEN), block_size: int = 4) -> None:
+    def __init__(self, vocab_size: int = len(TEXT_OF_TOKEN), block_size: int = 4, *, shareable: bool = True) -> None:
         self.vocab_size = vocab_size
         self.block_size = block_size
         self.num_forwards = 0
         self.num_batched_tokens = 0
         self.num_seqs = 0
+        self.shareable = shareable
         self.fails = False
 
     def cache_spec(self) -> CacheSpec:
-        return CacheSpec(block_size=self.block_size, bytes_per_block=8 * self.block_size)
+        return CacheSpec(block_size=self.block_size, bytes_per_block=8 * self.block_size, shareable=self.shareable)
 
     def allocate_cache(self, num_blocks: int, num_slots: int) -> None:
         self.cache = np.full(num_blocks * self.block_size, -1)  # token * 10_000 + position
@@ -68,8 +71,10 @@ class FakeBackend:
         assert len(set(batch.slots.tolist())) == len(batch.slots) == len(batch.extras)
         for row, slot in enumerate(batch.slots):
             start, stop = batch.query_starts[row], batch.query_starts[row + 1]
-            assert batch.positions[start] == self.slot_lengths[slot], "the state in the slot is another's"
-            self.slot_lengths[slot] += stop - start
+            first = batch.positions[start]
+            is_cached = self.shareable and not self.slot_lengths[slot] and not first % self.block_size
+            assert first == self.slot_lengths[slot] or is_cached, "the state in the slot is another's"
+            self.slot_lengths[slot] = first + stop - start
             assert batch.context_lengths[row] == self.slot_lengths[slot] == batch.positions[stop - 1] + 1
 
     def _row(self, batch: ForwardBatch, row: int) -> torch.Tensor:
@@ -86,6 +91,12 @@ class FakeProcessor:
     """Tokens are bytes. Token 0 ends a sequence, and has a text that must not be seen where it does."""
 
     eos_token_ids = frozenset([EOS])
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [TEXT_OF_TOKEN.index(char.encode()) for char in text]
+
+    def token_bytes(self) -> list[bytes | None]:
+        return [None, *TEXT_OF_TOKEN[1:]]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return b"".join(TEXT_OF_TOKEN[token_id] for token_id in token_ids).decode("utf-8", "replace")
@@ -111,6 +122,8 @@ def make_engine(
     max_num_batched_tokens: int = 64,
     max_model_len: int = 100,
     seed: int | None = 0,
+    is_sharing: bool = True,
+    logits_processors: Mapping[str, LogitsProcessorFactory] | None = None,
 ) -> Engine:
     backend.allocate_cache(num_blocks, max_num_seqs)
     return Engine(
@@ -124,22 +137,27 @@ def make_engine(
         vocab_size=backend.vocab_size,
         eos_token_ids=frozenset([EOS]),
         seed=seed,
+        is_sharing=is_sharing and backend.shareable,
+        logits_processors=logits_processors,
     )
 
 
 def check_accounts(engine: Engine) -> None:
-    """Assert that every block and slot is free or held by exactly one request that is known."""
+    """Assert that every block is free, cached or counted, and every slot free or held by one sequence that is known."""
     scheduler = engine._scheduler
-    requests = [*scheduler.running, *scheduler.waiting]
-    assert sorted(map(id, requests)) == sorted(map(id, engine._requests.values()))
-    engine._pool.check([request.block_table for request in requests])
-    slots = [request.slot for request in scheduler.running]
+    queued = [*scheduler.running, *scheduler.waiting]
+    known = [its for request in engine._requests.values() for its in request.sequences if not its.is_finished]
+    assert sorted(its.sequence_id for its in known) == sorted(engine._sequences)
+    assert sorted(map(id, queued)) == sorted(id(its) for its in known if its.index < its.request.num_queued)
+    engine._pool.check([its.block_table for its in known])
+    assert engine._pool.num_free == engine._pool.num_blocks or scheduler.running
+    slots = [its.slot for its in scheduler.running]
     assert sorted(slots + scheduler._free_slots) == list(range(len(engine._backend.slot_lengths)))
-    assert all(request.slot is None and not request.block_table for request in scheduler.waiting)
+    assert all(its.slot is None and not its.block_table.blocks for its in known if its not in scheduler.running)
     assert all(engine._backend.slot_lengths[slot] == 0 for slot in scheduler._free_slots)
-    for request in scheduler.running:
-        assert len(request.block_table) >= engine._pool.blocks_for(request.num_computed_tokens)
-        assert engine._backend.slot_lengths[request.slot] == request.num_computed_tokens
+    for sequence in scheduler.running:
+        assert len(sequence.block_table.blocks) >= engine._pool.blocks_for(sequence.num_computed_tokens)
+        assert engine._backend.slot_lengths[sequence.slot] == sequence.num_computed_tokens
 
 
 def run(engine: Engine, max_steps: int = 10_000) -> dict:
@@ -148,6 +166,10 @@ def run(engine: Engine, max_steps: int = 10_000) -> dict:
     for _ in range(max_steps):
         if not engine.has_unfinished():
             return outputs
-        outputs |= {output.request_id: output for output in engine.step()}
+        for output in engine.step():
+            if isinstance(output, Failure):
+                raise output.error
+            if output.finished:
+                outputs[output.request_id] = output
         check_accounts(engine)
     raise AssertionError("the engine does not finish")

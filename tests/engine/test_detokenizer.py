@@ -15,7 +15,7 @@ def detokenize(token_ids, stop=()):
         pieces.append(detokenizer.put(token_id))
         if detokenizer.stop_reason is not None:
             return pieces, detokenizer, at + 1
-    pieces.append(detokenizer.finish(token_ids))
+    pieces.append(detokenizer.finish())
     return pieces, detokenizer, len(token_ids)
 
 
@@ -101,5 +101,46 @@ def test_text_continues_the_prompt(context, text):
     detokenizer = Detokenizer(SpacedProcessor(), (), context)
     streamed = [detokenizer.put(SPACE), detokenizer.put(A), detokenizer.put(E2)]
     assert "".join(streamed) == text
-    assert detokenizer.finish([SPACE, A, E2]) == "\ufffd"
+    assert detokenizer.finish() == "\ufffd"
     assert detokenizer.text == text + "\ufffd"
+
+
+def test_what_was_taken_is_what_became_certain_since():
+    detokenizer = Detokenizer(FakeProcessor(), ["abc"])
+    taken = []
+    for token_id in [C, A, B, B, C]:
+        detokenizer.put(token_id)
+        taken.append(detokenizer.take())
+    assert taken == ["c", "", "", "abb", "c"]
+    assert (detokenizer.take(), detokenizer.text) == ("", "cabbc")
+
+
+def test_the_stop_string_may_be_part_of_the_text():
+    detokenizer = Detokenizer(FakeProcessor(), ["bc"], includes_stop=True)
+    assert [detokenizer.put(token_id) for token_id in (A, B, C)] == ["a", "", "bc"]
+    assert (detokenizer.text, detokenizer.stop_reason) == ("abc", "bc")
+
+
+def test_no_stop_string_is_looked_for_before_its_time():
+    detokenizer = Detokenizer(FakeProcessor(), ["a", "bc"])
+    assert [detokenizer.put(token_id, is_stopping=False) for token_id in (A, B)] == ["a", "b"]
+    assert detokenizer.put(C) == "c"  # what came too early is no beginning
+    assert detokenizer.stop_reason is None
+    assert detokenizer.put(A) == ""
+    assert detokenizer.stop_reason == "a"
+
+
+class SkippingProcessor(FakeProcessor):
+    """Token 11 is special."""
+
+    def decode(self, token_ids, *, skip_special_tokens=True):
+        return super().decode([its for its in token_ids if its != BC or not skip_special_tokens])
+
+
+@given(token_ids=st.lists(st.integers(1, 11), max_size=20), context=st.lists(st.integers(1, 11), max_size=1))
+@settings(deadline=None, derandomize=True)
+def test_special_tokens_are_shown_where_they_are_wanted(token_ids, context):
+    processor = SkippingProcessor()
+    detokenizer = Detokenizer(processor, (), context, skips_special_tokens=False)
+    streamed = "".join(detokenizer.put(token_id) for token_id in token_ids) + detokenizer.finish()
+    assert streamed == detokenizer.text == FakeProcessor().decode(token_ids)

@@ -7,15 +7,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infinilm.engine.sampler import _top_candidates, make_generator, sample, score
+from infinilm.engine.sampler import Sampler, _largest, candidates, make_generator, score
 from infinilm.sampling_params import SamplingParams
 
-CPU = torch.device("cpu")
+sample = Sampler().sample
+
+
+def numbers(seed):
+    """Return a generator of random logits."""
+    return torch.Generator().manual_seed(seed)
 
 
 def reference_probabilities(logits: list[float], params: SamplingParams) -> list[float]:
-    """Top-k, then top-p over what is left, ties with the last one kept."""
+    """Min-p, then top-k, then top-p over what is left, ties with the last one kept."""
     weights = [math.exp((logit - max(logits)) / params.temperature) for logit in logits]
+    weights = [weight if weight >= params.min_p * (1 - 1e-6) else 0.0 for weight in weights]
     if 0 < params.top_k < len(weights):
         threshold = sorted(weights, reverse=True)[params.top_k - 1]
         weights = [weight if weight >= threshold else 0.0 for weight in weights]
@@ -30,7 +36,7 @@ def reference_probabilities(logits: list[float], params: SamplingParams) -> list
 
 
 def frequencies(logits: torch.Tensor, params: SamplingParams, num_samples: int) -> list[float]:
-    generators = [make_generator(seed, CPU) for seed in range(num_samples)]
+    generators = [make_generator(seed) for seed in range(num_samples)]
     tokens = sample(logits.expand(num_samples, -1), [params] * num_samples, generators)
     return [count / num_samples for count in torch.tensor(tokens).bincount(minlength=len(logits)).tolist()]
 
@@ -50,6 +56,9 @@ def frequencies(logits: torch.Tensor, params: SamplingParams, num_samples: int) 
         {"top_p": 0.9},
         {"top_k": 4, "top_p": 0.7},
         {"top_k": 5, "top_p": 0.9, "temperature": 1.5},
+        {"min_p": 0.3},
+        {"min_p": 1.0},
+        {"min_p": 0.1, "top_k": 4, "top_p": 0.8, "temperature": 2.0},
     ],
 )
 def test_the_distribution_is_the_references(options):
@@ -64,28 +73,76 @@ def test_the_distribution_is_the_references(options):
 
 @given(
     seed=st.integers(0, 10_000),
-    vocab_size=st.integers(2, 300),
+    vocab_size=st.integers(2, 600),
     top_k=st.sampled_from([0, 1, 2, 31, 32, 40, 65, 150]),
     top_p=st.sampled_from([1.0, 0.97, 0.7, 0.3]),
+    min_p=st.sampled_from([0.0, 0.0, 0.02, 0.4]),
     temperature=st.sampled_from([0.3, 1.0, 4.0]),
 )
 @settings(max_examples=150, deadline=None, derandomize=True)
-def test_the_candidates_are_what_top_k_and_top_p_leave(seed, vocab_size, top_k, top_p, temperature):
-    params = SamplingParams(top_k=top_k, top_p=top_p, temperature=temperature)
+def test_what_min_p_top_k_and_top_p_leave(seed, vocab_size, top_k, top_p, min_p, temperature):
+    params = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature)
     # Whole numbers: many ties, also with the last one kept.
-    logits = torch.randint(-6, 7, (2, vocab_size), generator=make_generator(seed, CPU)).float()
-    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
-    values, token_ids = _top_candidates(scaled, [params] * 2)
+    logits = torch.randint(-6, 7, (2, vocab_size), generator=numbers(seed)).float()
+    values, token_ids = candidates(Sampler().scale(logits, [params] * 2), [params] * 2)
     for row, its, ids in zip(logits.tolist(), values.tolist(), token_ids.tolist(), strict=True):
-        expected = reference_probabilities(row, params)
         kept = {token_id for token_id, value in zip(ids, its, strict=True) if value > -math.inf}
+        expected = reference_probabilities(row, params)
         assert kept == {token_id for token_id, probability in enumerate(expected) if probability}
+
+
+@pytest.mark.parametrize("width", [1, 64, 100, 149, 150, 1000])
+@pytest.mark.parametrize("decimals", [0, 2, 6])
+def test_the_largest_of_many_are_those_of_a_sort(width, decimals):
+    logits = torch.randn(2, 151_936, generator=numbers(0)).round(decimals=decimals)
+    scaled = Sampler().scale(logits, [SamplingParams()] * 2)
+    expected = scaled.flatten(1).sort(descending=True).values[:, :width]
+    values, token_ids = _largest(scaled, width)
+    assert values.equal(expected)
+    assert scaled.flatten(1).gather(-1, token_ids).equal(expected)
+    assert all(len(set(ids)) == width for ids in token_ids.tolist())
 
 
 def test_more_ties_with_the_last_of_top_k_than_were_looked_at():
     logits = torch.tensor([[1.0] * 30 + [0.0] * 200 + [-9.0] * 300])
-    values, _ = _top_candidates(logits - 1, [SamplingParams(top_k=40, top_p=0.5)])
-    assert int((values > -torch.inf).sum()) == 230
+    params = [SamplingParams(top_k=40, top_p=0.5)]
+    scaled = Sampler().scale(logits, params)
+    assert int((candidates(scaled, params)[0] > -torch.inf).sum()) == 230
+
+
+def test_a_token_has_its_random_numbers_whether_others_are_kept_or_not():
+    logits = torch.linspace(-2, 2, 700)[None]
+    generator = make_generator(1234)
+    free = [sample(logits, [SamplingParams()], [generator])[0] for _ in range(4)]
+    generator = make_generator(1234)
+    cut = [sample(logits, [SamplingParams(top_k=600)], [generator])[0] for _ in range(4)]
+    assert free == cut
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 10}, {"top_p": 0.99}, {"min_p": 0.5}])
+def test_a_forbidden_token_is_never_drawn(options):
+    logits = torch.full((1, 600), -torch.inf)
+    logits[0, [3, 500, 518]] = torch.tensor([1.0, 0.5, -20.0])
+    rows = logits.expand(3000, -1)
+    tokens = sample(rows, [SamplingParams(**options)] * 3000, [make_generator(seed) for seed in range(3000)])
+    assert {3, 500} <= set(tokens) <= {3, 500, 518}
+
+
+@pytest.mark.parametrize("seed", [-1, 0, 2**64 - 1, -(2**63)])
+def test_every_seed_of_64_bits_is_one(seed):
+    assert sample(torch.zeros(1, 5), [SamplingParams()], [make_generator(seed)])[0] in range(5)
+
+
+@pytest.mark.parametrize("vocab_size", [5, 256, 257, 1000])
+def test_all_tokens_of_a_flat_distribution_are_drawn_alike(vocab_size):
+    num_samples = 40 * vocab_size if vocab_size < 100 else 4 * vocab_size
+    logits = torch.zeros(1, vocab_size).expand(num_samples, -1)
+    tokens = sample(logits, [SamplingParams()] * num_samples, [make_generator(seed) for seed in range(num_samples)])
+    counts = torch.tensor(tokens).bincount(minlength=vocab_size).double()
+    assert len(counts) == vocab_size
+    expected = num_samples / vocab_size
+    chi_squared = float(((counts - expected) ** 2 / expected).sum())  # mean vocab_size - 1, variance twice that
+    assert abs(chi_squared - (vocab_size - 1)) < 5 * math.sqrt(2 * (vocab_size - 1))
 
 
 def test_greedy_is_the_first_largest_logit():
@@ -94,17 +151,20 @@ def test_greedy_is_the_first_largest_logit():
 
 
 @pytest.mark.parametrize("temperature", [1e-5, 1e-3, 1e30])
-@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.5}])
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.5}])
 def test_extreme_temperatures_and_logits_do_not_overflow(temperature, options):
     logits = torch.tensor([[1e4, 3e4, -1e4, -torch.inf]])
     params = SamplingParams(temperature=temperature, **options)
-    tokens = {sample(logits, [params], [make_generator(seed, CPU)])[0] for seed in range(50)}
+    tokens = {sample(logits, [params], [make_generator(seed)])[0] for seed in range(50)}
     assert tokens == {1} if temperature < 1 else 3 not in tokens
 
 
 batches = st.lists(
     st.tuples(
-        st.sampled_from([0.0, 0.5, 1.0, 2.0]), st.sampled_from([0, 3, 100, 400]), st.sampled_from([1.0, 0.95, 0.4])
+        st.sampled_from([0.0, 0.5, 1.0, 2.0]),
+        st.sampled_from([0, 3, 100, 400]),
+        st.sampled_from([1.0, 0.95, 0.4]),
+        st.sampled_from([0.0, 0.1]),
     ),
     min_size=1,
     max_size=6,
@@ -114,22 +174,22 @@ batches = st.lists(
 @given(batch=batches, seed=st.integers(0, 1000), vocab_size=st.sampled_from([5, 70, 600]))
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_a_row_does_not_see_the_rest_of_the_batch(batch, seed, vocab_size):
-    params = [SamplingParams(temperature=t, top_k=k, top_p=p) for t, k, p in batch]
+    params = [SamplingParams(temperature=t, top_k=k, top_p=p, min_p=m) for t, k, p, m in batch]
     # Coarse, as of bfloat16: many ties, which a sort may order in any way.
-    steps = torch.randn(3, len(params), vocab_size, generator=make_generator(seed, CPU)).round(decimals=1)
-    together = [make_generator(row, CPU) for row in range(len(params))]
-    alone = [make_generator(row, CPU) for row in range(len(params))]
+    steps = torch.randn(3, len(params), vocab_size, generator=numbers(seed)).round(decimals=1)
+    together = [make_generator(row) for row in range(len(params))]
+    alone = [make_generator(row) for row in range(len(params))]
     for logits in steps:
         expected = [sample(logits[row][None], [params[row]], [alone[row]])[0] for row in range(len(params))]
         assert sample(logits, params, together) == expected
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 50}, {"top_p": 0.9}])
+@pytest.mark.parametrize("options", [{}, {"top_k": 50}, {"top_p": 0.9}, {"min_p": 0.1}])
 def test_rounding_errors_in_the_logits_do_not_move_samples(options):
     params = [SamplingParams(**options)] * 64
-    logits = torch.randn(64, 5000, generator=make_generator(0, CPU))
-    noisy = logits * (1 + 1e-6 * torch.randn(logits.shape, generator=make_generator(1, CPU)))
-    first, second = (sample(its, params, [make_generator(row, CPU) for row in range(64)]) for its in (logits, noisy))
+    logits = torch.randn(64, 5000, generator=numbers(0))
+    noisy = logits * (1 + 1e-6 * torch.randn(logits.shape, generator=numbers(1)))
+    first, second = (sample(its, params, [make_generator(row) for row in range(64)]) for its in (logits, noisy))
     assert first == second
 
 
@@ -150,7 +210,7 @@ def test_more_logprobs_than_tokens_are_all_tokens():
 
 
 def test_logprobs_of_many_rows_are_those_of_each():
-    logits = torch.randn(600, 9, generator=make_generator(0, CPU))
+    logits = torch.randn(600, 9, generator=numbers(0))
     tokens, num_top = [row % 9 for row in range(600)], [row % 3 for row in range(600)]
     together = score(logits, tokens, num_top)
     assert together == [score(logits[row][None], [tokens[row]], [num_top[row]])[0] for row in range(600)]

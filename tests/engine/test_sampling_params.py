@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError
 import numpy as np
 import pytest
 
-from infinilm.sampling_params import SamplingParams
+from infinilm.sampling_params import RequestOutputKind, SamplingParams
 from infinilm_hookspecs import RequestError
 
 
@@ -13,7 +13,12 @@ def test_defaults_are_vllms():
     params = SamplingParams()
     assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (1.0, 1.0, 0, 16)
     assert (params.seed, params.logprobs, params.prompt_logprobs, params.ignore_eos) == (None, None, None, False)
-    assert params.stop == ()
+    assert (params.n, params.min_p, params.min_tokens) == (1, 0.0, 0)
+    assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (0.0, 0.0, 1.0)
+    assert (params.stop, params.stop_token_ids, params.bad_words, params.logit_bias) == ((), (), (), None)
+    assert (params.include_stop_str_in_output, params.skip_special_tokens) == (False, True)
+    assert (params.structured_outputs, params.extra_args) == (None, None)
+    assert params.output_kind is RequestOutputKind.CUMULATIVE
 
 
 @pytest.mark.parametrize(("stop", "expected"), [(None, ()), ("a", ("a",)), (["a", "bc"], ("a", "bc")), ([], ())])
@@ -32,6 +37,11 @@ def test_stop_becomes_a_tuple(stop, expected):
         {"seed": -1},
         {"seed": 2**64 - 1},
         {"logprobs": 0, "prompt_logprobs": 0},
+        {"stop_token_ids": [np.int64(3)], "logit_bias": {np.int64(1): 2}},
+        {"min_tokens": 16},
+        {"min_tokens": 99, "max_tokens": None},
+        {"bad_words": "a"},
+        {"presence_penalty": -2, "frequency_penalty": 2.0, "repetition_penalty": 0.1},
     ],
 )
 def test_what_is_allowed(options):
@@ -64,6 +74,30 @@ def test_what_is_allowed(options):
         ("logprobs", -1),
         ("prompt_logprobs", 2.0),
         ("ignore_eos", 1),
+        ("n", 0),
+        ("n", None),
+        ("min_p", -0.1),
+        ("min_p", 1.01),
+        ("min_tokens", -1),
+        ("min_tokens", 17),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", "much"),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", float("inf")),
+        ("stop_token_ids", 3),
+        ("stop_token_ids", ["a"]),
+        ("stop_token_ids", [True]),
+        ("bad_words", [""]),
+        ("logit_bias", [1]),
+        ("logit_bias", {"a": 1}),
+        ("logit_bias", {1: float("nan")}),
+        ("logit_bias", {1: float("-inf")}),
+        ("include_stop_str_in_output", 1),
+        ("skip_special_tokens", None),
+        ("structured_outputs", {"regex": "a"}),
+        ("output_kind", "DELTA"),
+        ("extra_args", ["a"]),
+        ("extra_args", {1: 2}),
     ],
 )
 def test_a_refusal_names_the_option_and_its_value(name, value):

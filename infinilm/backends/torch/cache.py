@@ -15,7 +15,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from infinilm_hookspecs import AttentionConfig, CacheSpec, DecoderConfig, UnavailableError
+from infinilm_hookspecs import AttentionConfig, CacheSpec, DecoderConfig, DynamicRopeScaling, UnavailableError
 
 BLOCK_SIZE: Final = 16
 # Gathers of up to this many tokens write to memory kept for it: fresh pages cost more than the copy.
@@ -29,9 +29,18 @@ CachedLayers = DecoderConfig | Sequence[AttentionConfig]
 
 
 def cache_spec(config: CachedLayers, dtype: torch.dtype) -> CacheSpec:
-    """Return what a block costs: keys and values of all layers."""
+    """Return what a block costs: keys and values of all layers.
+
+    With dynamic rope a key depends on the length of its prompt, so that no other sequence may use it.
+    """
     per_token = sum(2 * math.prod(heads) for heads in _heads(config))
-    return CacheSpec(block_size=BLOCK_SIZE, bytes_per_block=BLOCK_SIZE * per_token * dtype.itemsize)
+    return CacheSpec(
+        block_size=BLOCK_SIZE,
+        bytes_per_block=BLOCK_SIZE * per_token * dtype.itemsize,
+        shareable=not any(
+            its.rope and isinstance(its.rope.scaling, DynamicRopeScaling) for its in attention_layers(config)
+        ),
+    )
 
 
 class PagedCache:

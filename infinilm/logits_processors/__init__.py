@@ -1,0 +1,1 @@
+"""In-tree `provide_logits_processors` plugins."""
