@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -32,6 +33,7 @@ def add_arguments(actions: Any) -> None:
 
 def run(arguments: Any) -> int:
     """Print what every step finds, and return whether all went well."""
+    arguments.path = os.path.realpath(arguments.path)  # the dynamic linker would look for a bare name elsewhere
     findings: list[Finding] = []
     for finding in _findings(arguments):
         findings.append(finding)

@@ -30,8 +30,11 @@ const infinilm_backend_table *infinilm_backend_entry(uint32_t, uint32_t) { retur
 """
 
 
-def test_sound_library_passes(tmp_path: Path) -> None:
-    code, found = check(compile_fixture(tmp_path / "good.so", NAME="good"))
+@pytest.mark.parametrize("written", ["whole", "bare"])
+def test_sound_library_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str) -> None:
+    path = compile_fixture(tmp_path / "good.so", NAME="good")
+    monkeypatch.chdir(tmp_path)
+    code, found = check(path if written == "whole" else Path("good.so"))
     assert code == 0
     assert found["needs"] == ("ok", "libc.so.6")
     assert found["initializers"][0] == found["open"][0] == "ok"

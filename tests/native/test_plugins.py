@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_checkpoint
 from native_fixtures import CONFIG, FIXTURE, compile_fixture, request, run_python, unique_name
 
+from infinilm import LLM
 from infinilm.native.backend import NativeBackend
 from infinilm.plugins import (
     ModelSpec,
@@ -25,7 +27,7 @@ from infinilm.plugins import (
 )
 from infinilm.plugins.loading import list_plugins
 from infinilm.plugins.report import Status
-from infinilm_hookspecs import BackendRequest, PluginError, hookimpl
+from infinilm_hookspecs import BackendRequest, PluginError, UnavailableError, hookimpl
 
 
 @pytest.fixture(autouse=True)
@@ -194,6 +196,37 @@ def test_model_spec_whose_library_is_refused_is_an_error(tmp_path: Path) -> None
     assert ask(pm) is None
     with pytest.raises(PluginError, match="refused at stage 'find'"):
         ask(pm, lineage=({"model_type": "acme"}, CONFIG))
+
+
+# ---------------------------------------------------------------- what the user asks for reaches it
+
+
+def test_quantization_is_asked_of_backends_and_those_that_cannot_say_so(tmp_path: Path) -> None:
+    folder = tiny_checkpoint.write_model(tmp_path / "model")
+    with pytest.raises(UnavailableError) as caught:
+        LLM(folder, quantization="int9", dtype="float32")
+    assert "the torch backend does not quantize, and quantization='int9' was asked for" in str(caught.value)
+    assert "cpu: the cpu backend quantizes to int8" in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cpu_backend_is_taken_where_weights_are_to_be_quantized(tmp_path: Path, dtype: str) -> None:
+    folder = tiny_checkpoint.write_model(tmp_path / "model")
+    command = [
+        sys.executable,
+        "-m",
+        "infinilm",
+        "inspect",
+        folder,
+        "--quantization",
+        "int8",
+        "--dtype",
+        dtype,
+        "--json",
+    ]
+    report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert report["backend"]["name"] == "cpu"
+    assert not report["errors"]
 
 
 # ---------------------------------------------------------------- other processes, and lists
