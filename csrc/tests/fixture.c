@@ -78,6 +78,7 @@ static int32_t probe(const infinilm_host *host, infinilm_error *error) {
 #endif
   ADD(num_probes, 1);
   if (!INFINILM_COVERS(host, infinilm_host, all_gather)) return fail(error, INFINILM_INVALID, "the host is too small");
+  host->log(host->context, INFINILM_LOG_DEBUG, "probed");
 #ifdef PROBE_MESSAGE
   return fail(error, INFINILM_UNAVAILABLE, PROBE_MESSAGE);
 #endif

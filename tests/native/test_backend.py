@@ -319,6 +319,6 @@ def test_process_ends_in_order_with_a_live_model(tmp_path: Path, state: str) -> 
 def test_librarys_words_are_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG", logger="infinilm.native")
     library = open_library(compile_fixture(tmp_path / "log.so"))
-    assert [(r.name, r.levelname, r.getMessage()) for r in caplog.records] == [
-        (f"infinilm.native.{library.name}", "DEBUG", "created")
-    ]
+    logger = f"infinilm.native.{library.name}"
+    said = [(record.name, record.levelname, record.getMessage()) for record in caplog.records]
+    assert said == [(logger, "DEBUG", "probed"), (logger, "DEBUG", "created")]

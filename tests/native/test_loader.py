@@ -211,9 +211,11 @@ def test_library_that_says_no_is_refused_in_its_own_words(tmp_path: Path) -> Non
     assert (its.stage, its.reason, its.abi_found) == ("probe", "there is no acme0 here", "1.0")
 
 
-def test_create_that_fails_is_refused_and_not_tried_again(tmp_path: Path) -> None:
+def test_create_that_fails_is_refused_and_not_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", logger="infinilm.native")
     path = compile_fixture(tmp_path / "create.so", CREATE_MESSAGE="the device is busy")
     assert refusal(path) == refusal(path) == Refusal(str(path), "create", "the device is busy", "1.0", "1.x")
+    assert [record.getMessage() for record in caplog.records] == ["probed"]
     loads = subprocess.run(["grep", "-c", "create.so", f"/proc/{os.getpid()}/maps"], capture_output=True, check=False)
     assert int(loads.stdout) > 0, "a library must stay mapped once its entry has run"
 
