@@ -152,7 +152,7 @@ typedef struct infinilm_model_request {
   const char *dtype;        /* to compute in: "float32", "bfloat16", "float16", "float64" */
   const char *device;       /* "cpu", "cuda:1", ... */
   const char *quantization; /* what the user asked to quantize to at load, such as "int8"; NULL: nothing */
-  /* How the checkpoint is quantized, NULL where it is not: {"scheme": "gptq", "block_shape": [128, 1], "groups":
+  /* How the checkpoint is quantized, NULL where it is not: {"scheme": "gptq", "block_shape": [1, 128], "groups":
    * {"model.layers.0.mlp.up_proj.weight": {"weight": {"name": ..., "shape": [...], "dtype": "int32"}, ...}}}. */
   const char *stored_quantization;
   int64_t max_model_len; /* in tokens; 0: nobody said */
@@ -164,7 +164,10 @@ typedef struct infinilm_model_request {
 typedef struct infinilm_parameter {
   uint64_t struct_size;
   const infinilm_extension *extension;
-  const char *name;  /* canonical: "model.layers.0.self_attn.q_proj.weight", matrices (out_features, in_features) */
+  /* Canonical: "model.layers.0.self_attn.q_proj.weight", matrices (out_features, in_features). In the place of one that
+   * is stored quantized a backend may ask for all its parts, stored shapes and dtypes: "...weight:weight", ":zero",
+   * ":scale" and so on, the roles that infinilm_model_request.stored_quantization has for it. */
+  const char *name;
   const char *dtype; /* of the buffer; the host converts */
   /* Of another parameter that it shares its values with; NULL: none. It has no buffer of its own and is never opened. */
   const char *tied_to;
