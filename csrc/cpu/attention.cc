@@ -66,8 +66,10 @@ Attention::Attention(const AttentionConfig& config, const std::string& name, int
       hidden_size_(hidden_size),
       is_bf16_(parameters.is_bf16()),
       query_format_(parameters.is_bf16() ? kernels.bf16_rows : RowFormat::kF32),
-      qkv_(kernels, packing, (config.num_heads + 2 * config.num_kv_heads) * head_blocks(), hidden_size),
-      output_(kernels, packing, (hidden_size + kBlock - 1) / kBlock, config.num_heads * config.head_dim),
+      qkv_(kernels, packing, (config.num_heads + 2 * config.num_kv_heads) * head_blocks(), hidden_size,
+           parameters.arena()),
+      output_(kernels, packing, (hidden_size + kBlock - 1) / kBlock, config.num_heads * config.head_dim,
+              parameters.arena()),
       qkv_bias_(config.has_qkv_bias ? (config.num_heads + 2 * config.num_kv_heads) * config.head_dim : 0),
       output_bias_(config.has_output_bias ? hidden_size : 0) {
   const int64_t counts[] = {config.num_heads, config.num_kv_heads, config.num_kv_heads};
@@ -110,16 +112,14 @@ void Attention::reserve(Workspace& space, int64_t num_tokens, const AttentionPla
 
 void Attention::run(const Step& step, int thread, const NormIfAny& norm, AttentionPlan& plan, const Rotation* rotation,
                     bool is_added) const {
-  const Rows rows =
-      prepare_rows(step, thread, step.hidden(), hidden_size_, step.num_tokens, hidden_size_, norm, qkv_);
+  const Rows rows = prepare_rows(step, thread, step.num_tokens, hidden_size_, norm, qkv_,
+                                 [&](int64_t row) { return step.hidden() + row * hidden_size_; });
   project(step, thread, rows, rotation);
-  step.pool.barrier();
-  step.pool.share(thread, static_cast<int64_t>(plan.tasks.size()),
+  step.pool.phase(thread, static_cast<int64_t>(plan.tasks.size()),
                   [&](int64_t task) { attend(step, thread, plan, plan.tasks[task]); });
-  step.pool.barrier();
   const int64_t columns = config_.num_heads * config_.head_dim;
-  const Rows attended = prepare_rows(step, thread, step.space.attended.as<float>(), columns, step.num_tokens, columns,
-                                     std::nullopt, output_);
+  const Rows attended = prepare_rows(step, thread, step.num_tokens, columns, std::nullopt, output_,
+                                     [&](int64_t row) { return step.space.attended.as<float>() + row * columns; });
   multiply_into(step, thread, attended, step.num_tokens, output_, output_bias_.empty() ? nullptr : output_bias_.data(),
                 hidden_size_, is_added, is_added ? step.hidden() : step.delta());
 }

@@ -43,8 +43,7 @@ class Attention {
   Attention(const AttentionConfig& config, const std::string& name, int64_t layer, int64_t hidden_size,
             const Kernels& kernels, Packing packing, ParameterList& parameters);
 
-  // Add the result to step.hidden(), or put it into step.delta(). Inside of a region, from all threads; hidden is
-  // complete after the next barrier.
+  // Add the result to step.hidden(), or put it into step.delta(). Phases of a region.
   void run(const Step& step, int thread, const NormIfAny& norm, AttentionPlan& plan, const Rotation* rotation,
            bool is_added) const;
 

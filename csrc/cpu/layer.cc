@@ -38,15 +38,12 @@ void Layer::run(const Step& step, int thread, AttentionPlan& plan, const Rotatio
 }
 
 void Layer::finish_half(const Step& step, int thread, const NormIfAny& after) {
-  step.pool.barrier();
   if (!after) return;
-  const ThreadPool::Range range = step.pool.own_range(thread, step.num_tokens);
-  for (int64_t row = range.begin; row < range.end; ++row) {
+  step.pool.phase(thread, step.num_tokens, [&](int64_t row) {
     const int64_t offset = row * step.hidden_size;
     after->apply(step.kernels, step.delta() + offset, step.vector(thread));
     step.kernels.add(step.hidden() + offset, step.vector(thread), step.hidden_size, 1);
-  }
-  step.pool.barrier();
+  });
 }
 
 }  // namespace infinilm::cpu

@@ -21,11 +21,12 @@ class Layer {
   int64_t num_bytes() const;
   void reserve(Workspace& space, int64_t num_tokens, const AttentionPlan& plan) const;
 
-  // Inside of a region, from all threads. Ends with a barrier.
+  // Phases of a region, at most kMaxPhases.
+  static constexpr int64_t kMaxPhases = 16;
   void run(const Step& step, int thread, AttentionPlan& plan, const Rotation* rotation) const;
 
  private:
-  // Wait for one half of the layer, and add what it left in step.delta() where there is a norm behind it.
+  // Add what a half of the layer left in step.delta() where there is a norm behind it.
   static void finish_half(const Step& step, int thread, const NormIfAny& after);
 
   NormIfAny before_mixer_, after_mixer_, before_mlp_, after_mlp_;

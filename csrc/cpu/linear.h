@@ -39,14 +39,14 @@ void multiply_unit(const Step& step, int thread, const Rows& rows, int64_t num_r
   }
 }
 
-// Call use(first_row, num_rows, first_block, num_blocks, products, stride) for parts of rows * weights^T, from all
-// threads, each part once. No barrier at the end.
+// A phase: call use(first_row, num_rows, first_block, num_blocks, products, stride) for parts of rows * weights^T, each
+// part once.
 template <typename Use>
 void multiply(const Step& step, int thread, const Rows& rows, int64_t num_rows, const PackedMatrix& weights,
               int64_t multiple, const Use& use) {
   const int64_t blocks = unit_blocks(weights, num_rows, multiple, step.pool.num_threads());
   const int64_t num_units = (weights.num_blocks() + blocks - 1) / blocks;
-  step.pool.share(thread, num_units, [&](int64_t unit) {
+  step.pool.phase(thread, num_units, [&](int64_t unit) {
     const int64_t first_block = unit * blocks, num_blocks = std::min(blocks, weights.num_blocks() - first_block);
     multiply_unit(step, thread, rows, num_rows, weights, first_block, num_blocks,
                   [&](int64_t row, int64_t height, float* products, int64_t stride) {

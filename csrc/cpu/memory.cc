@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <fstream>
 #include <string>
 #include <utility>
@@ -12,7 +13,7 @@ namespace infinilm::cpu {
 
 namespace {
 
-constexpr int64_t kHugePage = 2 << 20;
+constexpr int64_t kSmallPage = 4 << 10, kHugePage = 2 << 20, kArenaChunk = 64 << 20;
 
 int64_t meminfo(const std::string& wanted) {
   std::ifstream file("/proc/meminfo");
@@ -27,16 +28,23 @@ int64_t meminfo(const std::string& wanted) {
 
 Buffer::Buffer(int64_t num_bytes) {
   if (num_bytes <= 0) return;
-  void* pages = mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  const int64_t spare = num_bytes >= kHugePage ? kHugePage : 0;
+  void* pages = mmap(nullptr, num_bytes + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (pages == MAP_FAILED) {
     throw OutOfMemory("no room for " + std::to_string(num_bytes) + " bytes; " + std::to_string(available_memory()) +
                       " are available");
   }
-  // Weights are read from end to end for every token: with small pages the processor would look up a page every 64
-  // lines. A refusal costs speed only.
-  if (num_bytes >= kHugePage) madvise(pages, num_bytes, MADV_HUGEPAGE);
   data_ = static_cast<std::byte*>(pages);
   size_ = num_bytes;
+  if (spare == 0) return;
+  // Weights are read from end to end for every token: with small pages the processor would look up a page every 64
+  // lines. So begin at a large page, and give back what lies before and behind.
+  const int64_t before = -reinterpret_cast<int64_t>(pages) & (kHugePage - 1);
+  const int64_t in_pages = (num_bytes + kSmallPage - 1) / kSmallPage * kSmallPage;
+  if (before) munmap(data_, before);
+  data_ += before;
+  if (spare > before + in_pages - num_bytes) munmap(data_ + in_pages, num_bytes + spare - before - in_pages);
+  madvise(data_, num_bytes, MADV_HUGEPAGE);  // a refusal costs speed only
 }
 
 Buffer::~Buffer() {
@@ -56,6 +64,16 @@ void Buffer::reserve(int64_t num_bytes) {
   if (num_bytes <= size_) return;
   *this = Buffer();
   *this = Buffer(num_bytes + num_bytes / 4);
+}
+
+std::byte* Arena::take(int64_t num_bytes) {
+  const int64_t rounded = (num_bytes + 63) / 64 * 64;
+  if (chunks_.empty() || used_ + rounded > chunks_.back().size()) {
+    chunks_.emplace_back(std::max(rounded, kArenaChunk));
+    used_ = 0;
+  }
+  used_ += rounded;
+  return chunks_.back().data() + used_ - rounded;
 }
 
 int64_t available_memory() { return meminfo("MemAvailable"); }

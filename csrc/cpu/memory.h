@@ -3,10 +3,11 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace infinilm::cpu {
 
-// Owns zeroed bytes that begin at a multiple of 64. Moves, does not copy.
+// Owns zeroed bytes that begin at a page, a large one where there are enough of them. Moves, does not copy.
 class Buffer {
  public:
   Buffer() = default;
@@ -29,6 +30,18 @@ class Buffer {
  private:
   std::byte* data_ = nullptr;
   int64_t size_ = 0;
+};
+
+// Hands out pieces of large buffers that are freed together: weights, which in buffers of their own would lie on small
+// pages at both ends.
+class Arena {
+ public:
+  // Zeroed bytes that begin at a multiple of 64. Throws OutOfMemory.
+  std::byte* take(int64_t num_bytes);
+
+ private:
+  std::vector<Buffer> chunks_;
+  int64_t used_ = 0;  // of the last chunk
 };
 
 // The bytes of memory this machine has available now; -1 where it does not say.

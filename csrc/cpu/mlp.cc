@@ -7,8 +7,9 @@ namespace infinilm::cpu {
 MlpWeights::MlpWeights(const MlpConfig& mlp, const std::string& name, int64_t hidden_size, const Kernels& kernels,
                        Packing packing, ParameterList& parameters)
     : config(mlp),
-      gate_up(kernels, packing, (mlp.intermediate_size + kBlock - 1) / kBlock * (mlp.is_gated ? 2 : 1), hidden_size),
-      down(kernels, packing, (hidden_size + kBlock - 1) / kBlock, mlp.intermediate_size),
+      gate_up(kernels, packing, (mlp.intermediate_size + kBlock - 1) / kBlock * (mlp.is_gated ? 2 : 1), hidden_size,
+              parameters.arena()),
+      down(kernels, packing, (hidden_size + kBlock - 1) / kBlock, mlp.intermediate_size, parameters.arena()),
       gate_up_bias(mlp.has_bias ? gate_up.num_blocks() * kBlock : 0),
       down_bias(mlp.has_bias ? hidden_size : 0) {
   const int64_t step = multiple();
@@ -56,17 +57,16 @@ void Mlp::run(const Step& step, int thread, const NormIfAny& norm, bool is_added
   const int64_t hidden_size = step.hidden_size, size = weights_.config.intermediate_size;
   const int64_t stride = weights_.padded_size();
   float* intermediate = step.space.intermediate.as<float>();
-  const Rows rows =
-      prepare_rows(step, thread, step.hidden(), hidden_size, step.num_tokens, hidden_size, norm, weights_.gate_up);
+  const Rows rows = prepare_rows(step, thread, step.num_tokens, hidden_size, norm, weights_.gate_up,
+                                 [&](int64_t row) { return step.hidden() + row * hidden_size; });
   multiply(step, thread, rows, step.num_tokens, weights_.gate_up, weights_.multiple(),
            [&](int64_t first_row, int64_t height, int64_t first_block, int64_t num_blocks, float* products,
                int64_t product_stride) {
              weights_.activate(step.kernels, products, product_stride, height, first_block, num_blocks,
                                intermediate + first_row * stride, stride);
            });
-  step.pool.barrier();
-  const Rows activated =
-      prepare_rows(step, thread, intermediate, stride, step.num_tokens, size, std::nullopt, weights_.down);
+  const Rows activated = prepare_rows(step, thread, step.num_tokens, size, std::nullopt, weights_.down,
+                                      [&](int64_t row) { return intermediate + row * stride; });
   multiply_into(step, thread, activated, step.num_tokens, weights_.down,
                 weights_.down_bias.empty() ? nullptr : weights_.down_bias.data(), hidden_size, is_added,
                 is_added ? step.hidden() : step.delta());

@@ -21,10 +21,10 @@ int64_t blocks_of(int64_t features) { return (features + kBlock - 1) / kBlock; }
 
 int64_t Workspace::num_bytes() const {
   int64_t total = hidden.size() + delta.size() + attended.size() + intermediate.size() + queries.size() +
-                  partials.size() + rows.num_bytes() + wanted.num_bytes() + router_logits.size() +
+                  partials.size() + rows.num_bytes() + router_logits.size() +
                   expert_outputs.size() + expert_rows.num_bytes();
   for (const ThreadScratch& thread : threads) {
-    total += thread.products.size() + thread.vector.size() + thread.attention.size() + thread.rows.num_bytes();
+    total += thread.products.size() + thread.vector.size() + thread.attention.size();
   }
   return total;
 }
@@ -37,7 +37,7 @@ Model::Model(const DecoderConfig& config, const ModelOptions& options, const Ker
       parameters_(pool, options.is_bf16),
       positions_(config.num_positions * config.hidden_size),
       embedding_scale_(static_cast<float>(config.embedding_scale)),
-      head_(kernels, options.head_packing, blocks_of(config.vocab_size), config.hidden_size) {
+      head_(kernels, options.head_packing, blocks_of(config.vocab_size), config.hidden_size, parameters_.arena()) {
   const int64_t vocab_size = config.vocab_size, hidden_size = config.hidden_size;
   // The contract rounds the scale to the dtype of the model.
   if (options.is_bf16) embedding_scale_ = bf16_to_float(float_to_bf16(embedding_scale_));
@@ -107,21 +107,23 @@ void Model::forward(const infinilm_batch& batch, KvCache& cache, float* logits,
   plan(batch);
   reserve(batch.num_tokens, batch.num_rows);
   const Step step{pool_, kernels_, batch, cache, space_, batch.num_tokens, config_.hidden_size};
-  std::atomic<int64_t> stop_after{-1};
-  pool_.run([&](int thread) {
+  std::atomic<int64_t> stop_before{-1};
+  const int64_t max_phases = static_cast<int64_t>(layers_.size()) * (Layer::kMaxPhases + 1) + 4;
+  pool_.run(max_phases, [&](int thread) {
     begin(step, thread);
     for (int64_t index = 0; index < static_cast<int64_t>(layers_.size()); ++index) {
-      // Thread 0 asks, and all look after the layer's barriers. By then it may have asked again, about the next layer:
-      // so the answer says which one it is about.
-      if (thread == 0 && should_stop()) stop_after = index;
+      // One asks for all, and says which layer it is about: a thread that is late goes through the ones before.
+      pool_.phase(thread, 1, [&](int64_t) {
+        if (should_stop()) stop_before = index;
+      });
+      if (stop_before == index) return;
       const int rotary = rotary_of_layer_[index];
       layers_[index]->run(step, thread, plans_[plan_of(layers_[index]->mixer())],
                           rotary < 0 ? nullptr : &rotations_[rotary]);
-      if (stop_after == index) return;
     }
     finish(step, thread, logits);
   });
-  if (stop_after >= 0) throw Cancelled("the step was cancelled");
+  if (stop_before >= 0) throw Cancelled("the step was cancelled");
 }
 
 void Model::check(const infinilm_batch& batch, const KvCache& cache) const {
@@ -184,10 +186,8 @@ void Model::reserve(int64_t num_tokens, int64_t num_rows) {
     if (layer.mlp) deepest = std::max(deepest, layer.mlp->intermediate_size);
   }
   deepest += 128;
-  space_.rows.reserve(num_tokens, deepest);
-  space_.wanted.reserve(std::max<int64_t>(num_rows, 1), deepest);
+  space_.rows.reserve(std::max(num_tokens, num_rows), deepest);
   for (ThreadScratch& scratch : space_.threads) {
-    scratch.rows.reserve(kFewRows, deepest);
     scratch.vector.reserve(deepest * 4);
     scratch.products.reserve(kRowsAtOnce * unit_columns(1) * 4);
   }
@@ -199,13 +199,12 @@ void Model::reserve(int64_t num_tokens, int64_t num_rows) {
   }
 }
 
-// Embed tokens and look up their rotations. Ends with a barrier.
+// A phase: embed tokens and look up their rotations.
 void Model::begin(const Step& step, int thread) {
   const infinilm_batch& batch = step.batch;
-  const ThreadPool::Range range = pool_.own_range(thread, batch.num_tokens);
-  int64_t sequence = 0;
-  for (int64_t row = range.begin; row < range.end; ++row) {
-    while (row >= batch.query_starts[sequence + 1]) ++sequence;
+  pool_.phase(thread, batch.num_tokens, [&](int64_t row) {
+    const int32_t* starts = batch.query_starts;
+    const int64_t sequence = std::upper_bound(starts, starts + batch.num_sequences, row) - starts - 1;
     const int64_t position = batch.positions[row];
     embed(batch.token_ids[row], position, step.hidden() + row * config_.hidden_size);
     const int32_t* lengths = batch.prompt_lengths ? batch.prompt_lengths : batch.context_lengths;
@@ -215,8 +214,7 @@ void Model::begin(const Step& step, int thread) {
       rotaries_[i].rotation(position, length, rotations_[i].cosines.as<float>() + offset,
                             rotations_[i].sines.as<float>() + offset);
     }
-  }
-  pool_.barrier();
+  });
 }
 
 void Model::embed(int64_t token, int64_t position, float* out) const {
@@ -236,27 +234,20 @@ void Model::embed(int64_t token, int64_t position, float* out) const {
 void Model::finish(const Step& step, int thread, float* logits) const {
   const int64_t num_rows = step.batch.num_rows, size = config_.hidden_size, vocab_size = config_.vocab_size;
   if (num_rows == 0) return;
-  const bool is_private = num_rows <= kFewRows;
-  const RowFormat format = kernels_.row_format(head_.format());
-  const Rows rows =
-      (is_private ? space_.threads[thread].rows : space_.wanted).rows(format, num_rows, head_.depth());
-  ThreadPool::Range range{0, num_rows};
-  if (!is_private) range = pool_.own_range(thread, num_rows);
-  for (int64_t row = range.begin; row < range.end; ++row) {
-    final_norm_->apply(kernels_, step.hidden() + step.batch.logits_indices[row] * size, step.vector(thread));
-    put_row(kernels_, format, rows, row, step.vector(thread), size, head_.depth());
-  }
-  if (!is_private) pool_.barrier();
+  const Rows rows = prepare_rows(step, thread, num_rows, size, final_norm_, head_, [&](int64_t row) {
+    return step.hidden() + step.batch.logits_indices[row] * size;
+  });
   multiply_into(step, thread, rows, num_rows, head_, nullptr, vocab_size, false, logits);
   const float scale = static_cast<float>(config_.logits_scale), cap = static_cast<float>(config_.logits_softcap);
   if (scale == 1 && cap == 0) return;
-  pool_.barrier();
-  const ThreadPool::Range part = pool_.own_range(thread, num_rows * vocab_size);
-  if (cap > 0) {
-    kernels_.softcap(logits + part.begin, part.end - part.begin, scale, cap);
-  } else {
-    for (int64_t i = part.begin; i < part.end; ++i) logits[i] *= scale;
-  }
+  pool_.phase(thread, num_rows, [&](int64_t row) {
+    float* values = logits + row * vocab_size;
+    if (cap > 0) {
+      kernels_.softcap(values, vocab_size, scale, cap);
+    } else {
+      for (int64_t i = 0; i < vocab_size; ++i) values[i] *= scale;
+    }
+  });
 }
 
 }  // namespace infinilm::cpu

@@ -17,7 +17,7 @@ void softmax(float* x, int64_t size) {
   for (int64_t i = 0; i < size; ++i) x[i] /= total;
 }
 
-// Call use(expert, first_block, num_blocks) for units of one matrix of every active expert, from all threads.
+// A phase: call use(expert, first_block, num_blocks) for units of one matrix of every active expert.
 template <typename Use>
 void share_experts(const Step& step, int thread, const PackedMatrix& shape, int64_t num_rows, int64_t multiple,
                    const Use& use) {
@@ -25,7 +25,7 @@ void share_experts(const Step& step, int thread, const PackedMatrix& shape, int6
   const int64_t rows_each = num_rows / std::max<int64_t>(active.size(), 1);
   const int64_t blocks = unit_blocks(shape, rows_each, multiple, step.pool.num_threads());
   const int64_t num_units = (shape.num_blocks() + blocks - 1) / blocks;
-  step.pool.share(thread, num_units * static_cast<int64_t>(active.size()), [&](int64_t index) {
+  step.pool.phase(thread, num_units * static_cast<int64_t>(active.size()), [&](int64_t index) {
     const int64_t first_block = index % num_units * blocks;
     use(active[index / num_units], first_block, std::min(blocks, shape.num_blocks() - first_block));
   });
@@ -35,7 +35,8 @@ void share_experts(const Step& step, int thread, const PackedMatrix& shape, int6
 
 Moe::Moe(const MlpConfig& config, const std::string& name, int64_t hidden_size, const Kernels& kernels,
          Packing packing, Packing router_packing, ParameterList& parameters)
-    : config_(config), router_(kernels, router_packing, (config.num_experts + kBlock - 1) / kBlock, hidden_size) {
+    : config_(config), router_(kernels, router_packing, (config.num_experts + kBlock - 1) / kBlock, hidden_size,
+              parameters.arena()) {
   parameters.add_matrix(name + ".gate.weight", config.num_experts, &router_, [](int64_t block) { return block; });
   for (int64_t expert = 0; expert < config.num_experts; ++expert) {
     experts_.push_back(std::make_unique<MlpWeights>(config, name + ".experts." + std::to_string(expert), hidden_size,
@@ -68,7 +69,6 @@ void Moe::reserve(Workspace& space, int64_t num_tokens) const {
   for (ThreadScratch& scratch : space.threads) {
     scratch.products.reserve(kRowsAtOnce * unit_columns(expert.multiple()) * 4);
     scratch.vector.reserve(std::max(expert.padded_size(), hidden_size) * 4);
-    scratch.rows.reserve(kFewRows, std::max(expert.gate_up.depth(), expert.down.depth()));
   }
 }
 
@@ -79,13 +79,11 @@ void Moe::run(const Step& step, int thread, const NormIfAny& norm, bool is_added
   float* intermediate = step.space.intermediate.as<float>();
   const Routing& routing = step.space.routing;
 
-  const Rows routed = prepare_rows(step, thread, step.hidden(), step.hidden_size, step.num_tokens, step.hidden_size,
-                                   norm, router_);
+  const Rows routed = prepare_rows(step, thread, step.num_tokens, step.hidden_size, norm, router_,
+                                   [&](int64_t row) { return step.hidden() + row * step.hidden_size; });
   multiply_into(step, thread, routed, step.num_tokens, router_, nullptr, config_.num_experts, false,
                 step.space.router_logits.as<float>());
-  step.pool.barrier();
-  if (thread == 0) route(step);
-  step.pool.barrier();
+  step.pool.phase(thread, 1, [&](int64_t) { route(step); });
   const Rows rows = gather(step, thread, norm);
   share_experts(step, thread, shape.gate_up, num_choices, shape.multiple(),
                 [&](int64_t expert, int64_t first_block, int64_t num_blocks) {
@@ -98,9 +96,8 @@ void Moe::run(const Step& step, int thread, const NormIfAny& norm, bool is_added
                                                              intermediate + (start + row) * stride, stride);
                                 });
                 });
-  step.pool.barrier();
-  const Rows activated = prepare_rows(step, thread, intermediate, stride, num_choices, config_.intermediate_size,
-                                      std::nullopt, shape.down);
+  const Rows activated = prepare_rows(step, thread, num_choices, config_.intermediate_size, std::nullopt, shape.down,
+                                      [&](int64_t row) { return intermediate + row * stride; });
   float* outputs = step.space.expert_outputs.as<float>();
   share_experts(step, thread, shape.down, num_choices, 1, [&](int64_t expert, int64_t first_block, int64_t num_blocks) {
     const int64_t start = routing.starts[expert], column = first_block * kBlock;
@@ -114,7 +111,6 @@ void Moe::run(const Step& step, int thread, const NormIfAny& norm, bool is_added
                     }
                   });
   });
-  step.pool.barrier();
   combine(step, thread, is_added);
 }
 
@@ -155,8 +151,7 @@ Rows Moe::gather(const Step& step, int thread, const NormIfAny& norm) const {
   const RowFormat format = step.kernels.row_format(weights.format());
   const int64_t num_chosen = config_.experts_per_token;
   const Rows rows = step.space.expert_rows.rows(format, step.num_tokens * num_chosen, weights.depth());
-  const ThreadPool::Range range = step.pool.own_range(thread, step.num_tokens);
-  for (int64_t token = range.begin; token < range.end; ++token) {
+  step.pool.phase(thread, step.num_tokens, [&](int64_t token) {
     const float* x = step.hidden() + token * step.hidden_size;
     if (norm) {
       norm->apply(step.kernels, x, step.vector(thread));
@@ -165,8 +160,7 @@ Rows Moe::gather(const Step& step, int thread, const NormIfAny& norm) const {
     const int32_t* to = step.space.routing.rows.data() + token * num_chosen;
     put_row(step.kernels, format, rows, to[0], x, step.hidden_size, weights.depth());
     for (int64_t choice = 1; choice < num_chosen; ++choice) copy_row(format, rows, to[0], rows, to[choice]);
-  }
-  step.pool.barrier();
+  });
   return rows;
 }
 
@@ -174,15 +168,14 @@ Rows Moe::gather(const Step& step, int thread, const NormIfAny& norm) const {
 void Moe::combine(const Step& step, int thread, bool is_added) const {
   const Routing& routing = step.space.routing;
   const int64_t size = step.hidden_size, num_chosen = config_.experts_per_token;
-  const ThreadPool::Range range = step.pool.own_range(thread, step.num_tokens);
-  for (int64_t token = range.begin; token < range.end; ++token) {
+  step.pool.phase(thread, step.num_tokens, [&](int64_t token) {
     float* to = (is_added ? step.hidden() : step.delta()) + token * size;
     if (!is_added) std::fill(to, to + size, 0.0f);
     for (int64_t choice = token * num_chosen; choice < (token + 1) * num_chosen; ++choice) {
       step.kernels.add(to, step.space.expert_outputs.as<float>() + routing.rows[choice] * size, size,
                        routing.shares[choice]);
     }
-  }
+  });
 }
 
 }  // namespace infinilm::cpu

@@ -19,24 +19,4 @@ void make_norm(NormIfAny& norm, const std::optional<NormConfig>& config, const s
   if (config) norm.emplace(*config, name, size, parameters);
 }
 
-Rows prepare_rows(const Step& step, int thread, const float* x, int64_t stride, int64_t num_rows, int64_t size,
-                  const NormIfAny& norm, const PackedMatrix& weights) {
-  const bool is_private = num_rows <= kFewRows;
-  const RowFormat format = step.kernels.row_format(weights.format());
-  const Rows rows = (is_private ? step.space.threads[thread].rows : step.space.rows)
-                        .rows(format, num_rows, weights.depth());
-  ThreadPool::Range range{0, num_rows};
-  if (!is_private) range = step.pool.own_range(thread, num_rows);
-  for (int64_t row = range.begin; row < range.end; ++row) {
-    const float* from = x + row * stride;
-    if (norm) {
-      norm->apply(step.kernels, from, step.vector(thread));
-      from = step.vector(thread);
-    }
-    put_row(step.kernels, format, rows, row, from, size, weights.depth());
-  }
-  if (!is_private) step.pool.barrier();
-  return rows;
-}
-
 }  // namespace infinilm::cpu

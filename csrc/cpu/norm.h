@@ -29,9 +29,22 @@ using NormIfAny = std::optional<Norm>;
 void make_norm(NormIfAny& norm, const std::optional<NormConfig>& config, const std::string& name, int64_t size,
                ParameterList& parameters);
 
-// Rows of activations that every thread may read: num_rows of `size` floats, `stride` apart, through `norm` where there
-// is one, in the format that `weights` wants. Ends with a barrier, or each thread has its own where there are few.
-Rows prepare_rows(const Step& step, int thread, const float* x, int64_t stride, int64_t num_rows, int64_t size,
-                  const NormIfAny& norm, const PackedMatrix& weights);
+// A phase: rows of activations for a product, num_rows of `size` floats, through `norm` where there is one, in the
+// format that `weights` wants. from(row) is where a row is. They are valid until the next call.
+template <typename From>
+Rows prepare_rows(const Step& step, int thread, int64_t num_rows, int64_t size, const NormIfAny& norm,
+                  const PackedMatrix& weights, const From& from) {
+  const RowFormat format = step.kernels.row_format(weights.format());
+  const Rows rows = step.space.rows.rows(format, num_rows, weights.depth());
+  step.pool.phase(thread, num_rows, [&](int64_t row) {
+    const float* x = from(row);
+    if (norm) {
+      norm->apply(step.kernels, x, step.vector(thread));
+      x = step.vector(thread);
+    }
+    put_row(step.kernels, format, rows, row, x, size, weights.depth());
+  });
+  return rows;
+}
 
 }  // namespace infinilm::cpu

@@ -54,17 +54,17 @@ uint16_t float_to_half(float x) {
   return sign | static_cast<uint16_t>((exponent + 14) << 10 | (static_cast<int>(fraction * 2048) - 1024));
 }
 
-PackedMatrix::PackedMatrix(const Kernels& kernels, Packing packing, int64_t num_blocks, int64_t in_features)
+PackedMatrix::PackedMatrix(const Kernels& kernels, Packing packing, int64_t num_blocks, int64_t in_features, Arena& arena)
     : kernels_(&kernels), packing_(packing), num_blocks_(num_blocks), in_features_(in_features) {
   const int64_t multiple = depth_multiple(packing.format, packing.group);
   depth_ = (in_features + multiple - 1) / multiple * multiple;
   block_bytes_ = cpu::block_bytes(packing.format, depth_, packing.group);
-  memory_ = Buffer(num_blocks * block_bytes_);
+  memory_ = arena.take(num_blocks * block_bytes_);
 }
 
 void PackedMatrix::pack_block(const SourceMatrix& source, int64_t num_rows, int64_t index, int64_t block,
                               float* scratch) {
-  std::byte* out = memory_.data() + block * block_bytes_;
+  std::byte* out = memory_ + block * block_bytes_;
   const int64_t first = index * kBlock, count = std::min(kBlock, num_rows - first);
   const bool is_float = packing_.format == WeightFormat::kF32 || packing_.format == WeightFormat::kBf16;
   if (is_float) {
@@ -128,7 +128,7 @@ void PackedMatrix::pack_integers(const SourceMatrix& source, int64_t first_row, 
 }
 
 void PackedMatrix::unpack_row(int64_t feature, float* out) const {
-  const std::byte* block = memory_.data() + feature / kBlock * block_bytes_;
+  const std::byte* block = memory_ + feature / kBlock * block_bytes_;
   const int64_t n = feature % kBlock;
   const std::byte* data = block + (packing_.group ? scale_bytes(depth_, packing_.group) : 0);
   for (int64_t k = 0; k < in_features_; ++k) {

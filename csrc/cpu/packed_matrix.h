@@ -29,17 +29,18 @@ struct Packing {
 class PackedMatrix {
  public:
   PackedMatrix() = default;
-  PackedMatrix(const Kernels& kernels, Packing packing, int64_t num_blocks, int64_t in_features);
+  // Takes its memory from `arena`, which must live longer.
+  PackedMatrix(const Kernels& kernels, Packing packing, int64_t num_blocks, int64_t in_features, Arena& arena);
 
   WeightFormat format() const { return packing_.format; }
   int64_t num_blocks() const { return num_blocks_; }
   int64_t in_features() const { return in_features_; }
   int64_t depth() const { return depth_; }
-  int64_t num_bytes() const { return memory_.size(); }
+  int64_t num_bytes() const { return num_blocks_ * block_bytes_; }
   int64_t block_bytes() const { return block_bytes_; }
 
   Panel panel(int64_t first_block) const {
-    return {memory_.data() + first_block * block_bytes_, block_bytes_, depth_, packing_.group};
+    return {memory_ + first_block * block_bytes_, block_bytes_, depth_, packing_.group};
   }
 
   // Pack rows [16 * index, 16 * index + 16) of a source of `num_rows` into `block`; features that are not there are
@@ -57,7 +58,7 @@ class PackedMatrix {
   const Kernels* kernels_ = nullptr;
   Packing packing_;
   int64_t num_blocks_ = 0, in_features_ = 0, depth_ = 0, block_bytes_ = 0;
-  Buffer memory_;
+  std::byte* memory_ = nullptr;
 };
 
 float bf16_to_float(uint16_t bits);

@@ -44,15 +44,16 @@ Parameter& ParameterList::add_matrix(std::string name, int64_t num_rows, PackedM
     const int64_t num_blocks = num_rows / part * blocks_per_part;
     std::vector<std::vector<float>> scratch(pool->num_threads(), std::vector<float>(in_features));
     const int64_t element = source.is_bf16 ? 2 : 4;
-    pool->run([&](int thread) {
-      const ThreadPool::Range own = pool->own_range(thread, matrix->num_blocks());
-      for (int64_t block = 0; block < num_blocks; ++block) {
-        const int64_t target = place(block);
-        if (target < own.begin || target >= own.end) continue;
+    std::vector<int64_t> wanted(matrix->num_blocks(), -1);  // by the thread that a product gives them to
+    for (int64_t block = 0; block < num_blocks; ++block) wanted[place(block)] = block;
+    pool->run(1, [&](int thread) {
+      pool->phase(thread, matrix->num_blocks(), [&](int64_t target) {
+        const int64_t block = wanted[target];
+        if (block < 0) return;
         const int64_t first_row = block / blocks_per_part * part;
         const SourceMatrix rows{source.data + first_row * in_features * element, source.is_bf16};
         matrix->pack_block(rows, part, block % blocks_per_part, target, scratch[thread].data());
-      }
+      });
     });
   });
 }

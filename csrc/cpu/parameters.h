@@ -29,6 +29,7 @@ class ParameterList {
 
   ThreadPool& pool() const { return *pool_; }
   bool is_bf16() const { return is_bf16_; }
+  Arena& arena() { return arena_; }
 
   Parameter& add(std::string name, std::vector<int64_t> shape, std::function<void(const SourceMatrix&)> store);
 
@@ -50,6 +51,7 @@ class ParameterList {
  private:
   ThreadPool* pool_;
   bool is_bf16_;
+  Arena arena_;
   std::vector<Parameter> parameters_;
 };
 

@@ -14,8 +14,6 @@
 
 namespace infinilm::cpu {
 
-// Steps of up to so many rows are prepared by every thread for itself, which is quicker than waiting for another.
-constexpr int64_t kFewRows = 4;
 // Rows whose products are held at once before something is done with them.
 constexpr int64_t kRowsAtOnce = 48;
 
@@ -24,7 +22,6 @@ struct ThreadScratch {
   Buffer products;   // (kRowsAtOnce, columns of a unit) of a product
   Buffer vector;     // a row in float32
   Buffer attention;  // attention.cc's
-  RowBuffer rows;    // kFewRows rows
 };
 
 // Which experts a step's tokens chose. Choice c is token c / experts_per_token's; its row among those of all experts is
@@ -37,7 +34,7 @@ struct Routing {
 // What a step needs, kept from one to the next: it only grows.
 struct Workspace {
   Buffer hidden, delta, attended, intermediate, queries, partials;
-  RowBuffer rows, wanted;
+  RowBuffer rows;
   std::vector<ThreadScratch> threads;
   Buffer router_logits, expert_outputs;
   RowBuffer expert_rows;

@@ -14,11 +14,16 @@ namespace infinilm::cpu {
 
 namespace {
 
-// Longer than any wait for a thread that runs, shorter than a time slice.
-constexpr auto kSpinFor = std::chrono::microseconds(100);
-constexpr int kSpinsPerLook = 64;  // at the clock
+constexpr uint32_t kOpen = 1u << 31;  // threads may still come in
 
-void pause() {
+}  // namespace
+
+int64_t WaitingRoom::clock_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+void WaitingRoom::pause() {
 #if defined(__x86_64__)
   _mm_pause();
 #elif defined(__aarch64__)
@@ -26,37 +31,13 @@ void pause() {
 #endif
 }
 
-}  // namespace
-
-void SpinThenPark::wait_while(uint32_t old) {
-  const auto until = std::chrono::steady_clock::now() + kSpinFor;
-  do {
-    for (int spin = 0; spin < kSpinsPerLook; ++spin) {
-      if (value_.load(std::memory_order_acquire) != old) return;
-      pause();
-    }
-  } while (std::chrono::steady_clock::now() < until);
-  std::unique_lock<std::mutex> lock(mutex_);
-  // Sequentially consistent, as in advance(): one of the two sees what the other wrote.
-  num_parked_.fetch_add(1);
-  changed_.wait(lock, [&] { return value_.load() != old; });
-  num_parked_.fetch_sub(1);
-}
-
-void SpinThenPark::advance() {
-  value_.fetch_add(1);
-  if (num_parked_.load() == 0) return;
-  std::lock_guard<std::mutex> lock(mutex_);
-  changed_.notify_all();
-}
-
 ThreadPool::ThreadPool(int num_threads)
-    : num_threads_(num_threads), process_(getpid()), taken_(new Taken[num_threads]) {
+    : num_threads_(num_threads), process_(getpid()), cursors_(new Cursor[num_threads]) {
   try {
     for (int thread = 1; thread < num_threads; ++thread) threads_.emplace_back([this, thread] { work(thread); });
   } catch (...) {  // the system has no more threads: those there are must end before they can be destroyed
     is_closing_ = true;
-    regions_.advance();
+    regions_.wake();
     for (std::thread& thread : threads_) thread.join();
     throw;
   }
@@ -68,45 +49,57 @@ ThreadPool::~ThreadPool() {
     return;
   }
   is_closing_ = true;
-  regions_.advance();
+  regions_.wake();
   for (std::thread& thread : threads_) thread.join();
 }
 
-void ThreadPool::run(const std::function<void(int)>& body) {
+void ThreadPool::run(int64_t max_phases, const std::function<void(int)>& body) {
   if (getpid() != process_) {
     throw std::runtime_error("this process was forked after the cpu backend was made, and has none of its " +
                              std::to_string(num_threads_) + " threads; start processes before models, or spawn them");
   }
   std::lock_guard<std::mutex> lock(running_);
-  reset_taken();
+  const int64_t num_counters = max_phases * (num_threads_ + 1);
+  if (max_phases > max_phases_) {
+    counters_.reset(new Counter[num_counters]);
+    max_phases_ = max_phases;
+  } else {
+    for (int64_t i = 0; i < num_counters; ++i) counters_[i].value.store(0, std::memory_order_relaxed);
+  }
   body_ = &body;
-  regions_.advance();
+  gate_.store(kOpen);
+  num_regions_.fetch_add(1);
+  regions_.wake();
+  cursors_[0].value = 0;
   body(0);
-  barrier();
+  gate_.fetch_sub(kOpen);
+  exits_.wait([&] { return gate_.load() == 0; });
 }
 
 void ThreadPool::work(int thread) {
-  for (uint32_t region = 0;; ++region) {
-    regions_.wait_while(region);
+  uint64_t seen = 0;
+  for (;;) {
+    regions_.wait([&] { return num_regions_.load() != seen || is_closing_.load(); });
     if (is_closing_) return;
+    seen = num_regions_.load();
+    if (!enter()) continue;
+    cursors_[thread].value = 0;
     (*body_)(thread);
-    barrier();
+    leave();
   }
 }
 
-void ThreadPool::barrier() {
-  const uint32_t passed = barriers_.value();
-  if (num_arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < num_threads_) {
-    barriers_.wait_while(passed);
-    return;
+// A thread that wakes too late finds the gate closed, and what the body pointed to is not touched any more.
+bool ThreadPool::enter() {
+  uint32_t gate = gate_.load();
+  while (gate & kOpen) {
+    if (gate_.compare_exchange_weak(gate, gate + 1)) return true;
   }
-  num_arrived_.store(0, std::memory_order_relaxed);
-  reset_taken();
-  barriers_.advance();
+  return false;
 }
 
-void ThreadPool::reset_taken() {
-  for (int thread = 0; thread < num_threads_; ++thread) taken_[thread].count.store(0, std::memory_order_relaxed);
+void ThreadPool::leave() {
+  if (gate_.fetch_sub(1) == 1) exits_.wake();
 }
 
 }  // namespace infinilm::cpu

@@ -1,13 +1,18 @@
 // How fast one thread's kernels are, by its own processor time: the best of several rounds, because a machine that is
 // shared is never faster than it is. Arguments: a level of Isa, and how many MiB of weights.
+//
+// `kernel_benchmark read THREADS MIB` prints instead how many GB/s so many threads read from memory, each its own part,
+// by the clock: the best of several rounds.
 #include <time.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "kernels/kernels.h"
@@ -37,13 +42,12 @@ double best_seconds(int rounds, const std::function<void()>& body) {
 
 #pragma GCC push_options
 #pragma GCC target("avx2")
-int64_t read_all(const Buffer& memory) {
+int64_t read_all(const std::byte* data, int64_t num_bytes) {
   typedef int64_t Four __attribute__((vector_size(32)));
   Four sums[8] = {};
-  const Four* words = memory.as<Four>();
-  for (int64_t i = 0; i + 8 <= memory.size() / 32; i += 8) {
-    __builtin_prefetch(reinterpret_cast<const char*>(words + i) + 4096);
-    __builtin_prefetch(reinterpret_cast<const char*>(words + i) + 4160);
+  const Four* words = reinterpret_cast<const Four*>(data);
+  for (int64_t i = 0; i + 8 <= num_bytes / 32; i += 8) {
+    for (int line : {0, 64, 128, 192}) __builtin_prefetch(reinterpret_cast<const char*>(words + i) + 2048 + line);
     for (int j = 0; j < 8; ++j) sums[j] += words[i + j];
   }
   int64_t total = 0;
@@ -51,6 +55,27 @@ int64_t read_all(const Buffer& memory) {
   return total;
 }
 #pragma GCC pop_options
+
+int read_bandwidth(int num_threads, int64_t num_bytes) {
+  Buffer memory(num_bytes);
+  std::memset(memory.data(), 1, num_bytes);
+  double best = 1e30;
+  for (int round = 0; round < 12; ++round) {
+    const auto start = std::chrono::steady_clock::now();
+    std::vector<std::thread> threads;
+    std::vector<int64_t> sums(num_threads);
+    for (int thread = 0; thread < num_threads; ++thread) {
+      threads.emplace_back([&, thread] {
+        const int64_t part = num_bytes / num_threads / 256 * 256;
+        sums[thread] = read_all(memory.data() + thread * part, part);
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  std::printf("%.2f\n", num_bytes / best / 1e9);
+  return 0;
+}
 
 struct Shape {
   const char* name;
@@ -60,13 +85,14 @@ struct Shape {
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (argc > 3 && std::string(argv[1]) == "read") return read_bandwidth(std::atoi(argv[2]), std::atol(argv[3]) << 20);
   if (argc > 1) setenv("INFINILM_CPU_ISA", argv[1], 1);
   const int64_t num_bytes = (argc > 2 ? std::atol(argv[2]) : 512) << 20;
   const Kernels& kernels = kernels_for(chosen_isa());
   Buffer memory(num_bytes);
   std::memset(memory.data(), 1, num_bytes);
   int64_t sum = 0;
-  const double reading = best_seconds(7, [&] { sum += read_all(memory); });
+  const double reading = best_seconds(7, [&] { sum += read_all(memory.data(), num_bytes); });
   std::printf("%s, read %.1f GB/s (%ld)\n", isa_name(kernels.isa), num_bytes / reading / 1e9, static_cast<long>(sum % 2));
   const Shape shapes[] = {{"f32", {WeightFormat::kF32, 0}},
                           {"bf16", {WeightFormat::kBf16, 0}},

@@ -53,8 +53,9 @@ const Case kCases[] = {{"f32", {WeightFormat::kF32, 0}},
                        {"int4 by 32", {WeightFormat::kI4, 32}},
                        {"int4 by 128", {WeightFormat::kI4, 128}}};
 
-PackedMatrix packed(const Kernels& kernels, const Case& kind, const std::vector<float>& weights, int64_t n, int64_t k) {
-  PackedMatrix matrix(kernels, kind.packing, (n + kBlock - 1) / kBlock, k);
+PackedMatrix packed(const Kernels& kernels, const Case& kind, const std::vector<float>& weights, int64_t n, int64_t k,
+                    Arena& arena) {
+  PackedMatrix matrix(kernels, kind.packing, (n + kBlock - 1) / kBlock, k, arena);
   std::vector<uint16_t> halves(weights.size());
   std::transform(weights.begin(), weights.end(), halves.begin(), float_to_bf16);
   const bool is_bf16 = kind.packing.format == WeightFormat::kBf16;
@@ -111,7 +112,8 @@ void test_gemm(const Kernels& kernels, const Case& kind, int64_t m, int64_t n, i
                            std::to_string(n) + " by " + std::to_string(k);
   std::vector<float> weights = random_floats(n * k), x = random_floats(m * k, 3);
   if (kind.packing.format == WeightFormat::kBf16) weights = rounded(weights);
-  const PackedMatrix matrix = packed(kernels, kind, weights, n, k);
+  Arena arena;
+  const PackedMatrix matrix = packed(kernels, kind, weights, n, k, arena);
   std::vector<float> kept(n * k);
   for (int64_t i = 0; i < n; ++i) matrix.unpack_row(i, kept.data() + i * k);
   // int8: half a level of a group whose largest is 127 levels. int4: the largest may be cut from 9 levels to 7.
@@ -150,7 +152,8 @@ void test_extreme_integers(const Kernels& kernels) {
     if (kind.packing.group == 0) continue;
     for (float sign : {1.0f, -1.0f}) {
       std::vector<float> weights(n * k, 1.0f), x(k, sign);
-      const PackedMatrix matrix = packed(kernels, kind, weights, n, k);
+      Arena arena;
+    const PackedMatrix matrix = packed(kernels, kind, weights, n, k, arena);
       RowBuffer buffer;
       buffer.reserve(1, k);
       const Rows rows = buffer.rows(RowFormat::kI8, 1, k);

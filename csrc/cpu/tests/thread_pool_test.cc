@@ -1,9 +1,10 @@
-// The pool: barriers, shared loops, sleeping and waking, callers that take turns. Also run under TSan.
+// The pool: phases, work that is taken over, sleeping and waking, callers that take turns. Also run under TSan.
 #include "thread_pool.h"
 
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <stdexcept>
@@ -17,56 +18,68 @@ using infinilm::cpu::ThreadPool;
 
 namespace {
 
-void test_every_thread_runs_once(int num_threads) {
+void test_the_caller_runs_and_others_at_most_once(int num_threads) {
   ThreadPool pool(num_threads);
   for (int round = 0; round < 200; ++round) {
     std::vector<int> calls(num_threads, 0);
-    pool.run([&](int thread) { ++calls[thread]; });
-    for (int count : calls) CHECK(count == 1, std::to_string(num_threads));
+    pool.run(0, [&](int thread) { ++calls[thread]; });
+    CHECK(calls[0] == 1, std::to_string(num_threads));
+    for (int count : calls) CHECK(count <= 1, std::to_string(num_threads));
   }
 }
 
-// What is written before a barrier, without any atomics, is read by all after it.
-void test_barriers_order_memory(int num_threads) {
+// What is written in a phase, without any atomics, is read by all in the next.
+void test_phases_order_memory(int num_threads) {
   ThreadPool pool(num_threads);
-  std::vector<int64_t> cells(num_threads, 0);
+  std::vector<int64_t> cells(8, 0);
   std::atomic<int> num_wrong{0};
-  pool.run([&](int thread) {
+  pool.run(600, [&](int thread) {
     for (int64_t round = 1; round <= 300; ++round) {
-      cells[thread] = round;
-      pool.barrier();
-      for (int64_t cell : cells) num_wrong += cell != round;
-      pool.barrier();
+      pool.phase(thread, 8, [&](int64_t cell) { cells[cell] = round; });
+      pool.phase(thread, 5, [&](int64_t) {
+        for (int64_t cell : cells) num_wrong += cell != round;
+      });
     }
   });
   CHECK(num_wrong == 0, std::to_string(num_wrong));
 }
 
-void test_a_shared_loop_takes_each_index_once(int num_threads) {
+void test_a_phase_takes_each_index_once(int num_threads) {
   ThreadPool pool(num_threads);
   for (int64_t count : {0, 1, 2, 3, 7, 64, 1000}) {
     std::vector<int> taken(count, 0), again(count, 0);
-    pool.run([&](int thread) {
-      pool.share(thread, count, [&](int64_t index) { ++taken[index]; });
-      pool.barrier();
-      pool.share(thread, count, [&](int64_t index) { ++again[index]; });
+    pool.run(2, [&](int thread) {
+      pool.phase(thread, count, [&](int64_t index) { ++taken[index]; });
+      pool.phase(thread, count, [&](int64_t index) { again[index] += taken[index]; });
     });
     for (int64_t i = 0; i < count; ++i) CHECK(taken[i] == 1 && again[i] == 1, std::to_string(i));
   }
 }
 
-// A thread that is held up does not hold up the work that was to be its own.
-void test_work_is_taken_over() {
-  ThreadPool pool(2);
-  std::atomic<int> by_other{0};
-  pool.run([&](int thread) {
-    pool.share(thread, 8, [&](int64_t index) {
-      // Thread 1 is stuck in its first index until somebody else has done the rest of its half.
-      while (index == 4 && by_other < 3) std::this_thread::yield();
-      if (index > 4) ++by_other;
+// Everybody takes part where there is something to do for long enough.
+void test_all_threads_help() {
+  ThreadPool pool(3);
+  std::atomic<int> num_inside{0};
+  pool.run(1, [&](int thread) {
+    pool.phase(thread, 3, [&](int64_t) {
+      ++num_inside;
+      while (num_inside < 3) std::this_thread::yield();
     });
   });
-  CHECK(by_other == 3, std::to_string(by_other));
+  CHECK(num_inside == 3, std::to_string(num_inside));
+}
+
+// A thread that is held up inside of one piece of work does not hold up the rest of what was to be its own.
+void test_work_is_taken_over() {
+  ThreadPool pool(2);
+  std::atomic<int> num_others{0};
+  pool.run(1, [&](int thread) {
+    pool.phase(thread, 8, [&](int64_t index) {
+      while (index == 4 && num_others < 7) std::this_thread::yield();
+      if (index != 4) ++num_others;
+    });
+  });
+  CHECK(num_others == 7, std::to_string(num_others));
 }
 
 void test_sleeping_threads_wake() {
@@ -74,10 +87,9 @@ void test_sleeping_threads_wake() {
   std::atomic<int> calls{0};
   for (int round = 0; round < 5; ++round) {
     std::this_thread::sleep_for(std::chrono::milliseconds(5));  // longer than threads spin
-    pool.run([&](int thread) {
-      if (thread == 0) std::this_thread::sleep_for(std::chrono::milliseconds(2));
-      pool.barrier();
-      ++calls;
+    pool.run(2, [&](int thread) {
+      pool.phase(thread, 1, [&](int64_t) { std::this_thread::sleep_for(std::chrono::milliseconds(2)); });
+      pool.phase(thread, 3, [&](int64_t) { ++calls; });
     });
   }
   CHECK(calls == 15, std::to_string(calls));
@@ -85,15 +97,16 @@ void test_sleeping_threads_wake() {
 
 void test_callers_take_turns() {
   ThreadPool pool(2);
-  int inside = 0, most = 0;  // by thread 0 of a region only
+  int inside = 0, most = 0;
   std::vector<std::thread> callers;
   for (int caller = 0; caller < 4; ++caller) {
     callers.emplace_back([&] {
       for (int round = 0; round < 50; ++round) {
-        pool.run([&](int thread) {
-          if (thread != 0) return;
-          most = std::max(most, ++inside);
-          --inside;
+        pool.run(1, [&](int thread) {
+          pool.phase(thread, 1, [&](int64_t) {
+            most = std::max(most, ++inside);
+            --inside;
+          });
         });
       }
     });
@@ -107,7 +120,7 @@ void test_a_fork_is_told() {
   const pid_t child = fork();
   if (child == 0) {
     try {
-      pool.run([](int) {});
+      pool.run(0, [](int) {});
     } catch (const std::runtime_error&) {
       _exit(0);
     }
@@ -132,10 +145,11 @@ void test_quotas() {
 
 int main() {
   for (int num_threads : {1, 2, 3, 5}) {
-    test_every_thread_runs_once(num_threads);
-    test_barriers_order_memory(num_threads);
-    test_a_shared_loop_takes_each_index_once(num_threads);
+    test_the_caller_runs_and_others_at_most_once(num_threads);
+    test_phases_order_memory(num_threads);
+    test_a_phase_takes_each_index_once(num_threads);
   }
+  test_all_threads_help();
   test_work_is_taken_over();
   test_sleeping_threads_wake();
   test_callers_take_turns();
