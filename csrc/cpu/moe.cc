@@ -17,15 +17,17 @@ void softmax(float* x, int64_t size) {
   for (int64_t i = 0; i < size; ++i) x[i] /= total;
 }
 
-// A phase: call use(expert, first_block, num_blocks) for units of one matrix of every active expert.
+// A phase: call use(expert, first_block, num_blocks) for units of one matrix of every active expert. How many are active
+// is looked up inside: a thread that comes late may find the choices of a later layer there.
 template <typename Use>
-void share_experts(const Step& step, int thread, const PackedMatrix& shape, int64_t num_rows, int64_t multiple,
-                   const Use& use) {
-  const std::vector<int32_t>& active = step.space.routing.active;
-  const int64_t rows_each = num_rows / std::max<int64_t>(active.size(), 1);
-  const int64_t blocks = unit_blocks(shape, rows_each, multiple, step.pool.num_threads());
+void share_experts(const Step& step, int thread, const PackedMatrix& shape, int64_t num_choices, int64_t num_experts,
+                   int64_t multiple, const Use& use) {
+  const int64_t most_active = std::min(num_choices, num_experts);
+  const int64_t blocks = unit_blocks(shape, num_choices / most_active, multiple, step.pool.num_threads());
   const int64_t num_units = (shape.num_blocks() + blocks - 1) / blocks;
-  step.pool.phase(thread, num_units * static_cast<int64_t>(active.size()), [&](int64_t index) {
+  step.pool.phase(thread, num_units * most_active, [&](int64_t index) {
+    const std::vector<int32_t>& active = step.space.routing.active;
+    if (index / num_units >= static_cast<int64_t>(active.size())) return;
     const int64_t first_block = index % num_units * blocks;
     use(active[index / num_units], first_block, std::min(blocks, shape.num_blocks() - first_block));
   });
@@ -85,7 +87,7 @@ void Moe::run(const Step& step, int thread, const NormIfAny& norm, bool is_added
                 step.space.router_logits.as<float>());
   step.pool.phase(thread, 1, [&](int64_t) { route(step); });
   const Rows rows = gather(step, thread, norm);
-  share_experts(step, thread, shape.gate_up, num_choices, shape.multiple(),
+  share_experts(step, thread, shape.gate_up, num_choices, config_.num_experts, shape.multiple(),
                 [&](int64_t expert, int64_t first_block, int64_t num_blocks) {
                   const int64_t start = routing.starts[expert];
                   multiply_unit(step, thread, rows.from(start), routing.starts[expert + 1] - start,
@@ -99,7 +101,8 @@ void Moe::run(const Step& step, int thread, const NormIfAny& norm, bool is_added
   const Rows activated = prepare_rows(step, thread, num_choices, config_.intermediate_size, std::nullopt, shape.down,
                                       [&](int64_t row) { return intermediate + row * stride; });
   float* outputs = step.space.expert_outputs.as<float>();
-  share_experts(step, thread, shape.down, num_choices, 1, [&](int64_t expert, int64_t first_block, int64_t num_blocks) {
+  share_experts(step, thread, shape.down, num_choices, config_.num_experts, 1,
+                [&](int64_t expert, int64_t first_block, int64_t num_blocks) {
     const int64_t start = routing.starts[expert], column = first_block * kBlock;
     const int64_t width = std::min(num_blocks * kBlock, step.hidden_size - column);
     multiply_unit(step, thread, activated.from(start), routing.starts[expert + 1] - start, experts_[expert]->down,

@@ -79,7 +79,8 @@ class ThreadPool {
   void run(int64_t max_phases, const std::function<void(int thread)>& body);
 
   // Inside of run(): call work(index) once for each index below count, shared out over the threads, and return when all
-  // calls have returned; what they wrote is seen by all. A thread takes what is its own first, the same indices each
+  // calls have returned; what they wrote is seen by all. `count` must be the same for all threads, and so must not be
+  // read from what other phases write: a thread that is late finds there what later ones wrote. A thread takes what is its own first, the same indices each
   // time, then what others have not begun.
   template <typename Work>
   void phase(int thread, int64_t count, const Work& work) {
