@@ -33,9 +33,10 @@ bench-deps: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 
 sanitize: sanitize-quick
-	@set -e; for its in $(SANITIZERS); do \
+	@set -e; PATH="$(CURDIR)/$(BIN):$$PATH"; for its in $(SANITIZERS); do \
 	  folder=build/sanitize/cpu-$$its; \
-	  cmake -S csrc/cpu -B $$folder -DINFINILM_CPU_TESTS=ON -DINFINILM_CPU_SANITIZE=$$its > /dev/null; \
+	  cmake -S csrc/cpu -B $$folder -DCMAKE_BUILD_TYPE=Sanitize -DCMAKE_CXX_FLAGS=-O1 -DINFINILM_CPU_TESTS=ON \
+	    -DINFINILM_CPU_SANITIZE=$$its > /dev/null; \
 	  cmake --build $$folder --parallel 2 > /dev/null; \
 	  ctest --test-dir $$folder --output-on-failure; \
 	done
