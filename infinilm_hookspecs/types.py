@@ -184,7 +184,7 @@ class Backend(Protocol):
         """Return every parameter wanted. Allocates nothing."""
 
     def destination(self, name: str) -> Tensor:
-        """Return this rank's buffer for `name`, maybe a view into a fused one. Raises `KeyError` for an unknown name."""
+        """Return this rank's buffer for `name`, maybe a view into a fused one. `KeyError` for an unknown name."""
 
     def loaded(self, name: str) -> None:
         """Take note that the buffer is full: it may now be packed and freed."""

@@ -15,12 +15,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from infinilm import __version__
-from infinilm.cli import export, generate, inspect, plugins
+from infinilm.cli import bench, chat, export, generate, inspect, plugins, serve
 from infinilm.cli.errors import ExitCode, describe, is_users
 from infinilm.plugins.checks import did_you_mean
 from infinilm_hookspecs import PluginError
 
-_COMMANDS = {"generate": generate, "inspect": inspect, "export": export, "plugins": plugins}
+_COMMANDS = {
+    "generate": generate,
+    "chat": chat,
+    "serve": serve,
+    "bench": bench,
+    "inspect": inspect,
+    "export": export,
+    "plugins": plugins,
+}
 
 _OPTION = re.compile(r"--?[A-Za-z]")  # and no negative number
 

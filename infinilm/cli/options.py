@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
+import re
 from dataclasses import dataclass
 from typing import Any
+
+_SIZE = re.compile(r"(\d+)([KMGT]?)")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +36,34 @@ class ModelOptions:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How requests are served; see `infinilm.LLM`."""
+
+    backend: str = "auto"
+    device: str = "auto"
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    kv_cache_memory: int | None = None
+    enable_prefix_caching: bool = True
+    generation_config: str = "auto"
+    seed: int | None = None
+
+    @classmethod
+    def of(cls, arguments: Any) -> EngineOptions:
+        """Return what was given on the command line."""
+        return cls(
+            backend=arguments.backend,
+            device=arguments.device,
+            max_num_seqs=arguments.max_num_seqs,
+            max_num_batched_tokens=arguments.max_num_batched_tokens,
+            kv_cache_memory=arguments.kv_cache_memory,
+            enable_prefix_caching=arguments.enable_prefix_caching,
+            generation_config=arguments.generation_config,
+            seed=arguments.seed,
+        )
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare MODEL and how it is taken."""
     parser.add_argument("model", metavar="MODEL", help="a folder with a checkpoint, or a Hub id, which is downloaded")
@@ -44,8 +77,63 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-model-len", type=positive_integer, metavar="N", help="at most so many tokens a sequence")
 
 
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare how requests are served."""
+    defaults = EngineOptions()
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--backend", default=defaults.backend, metavar="NAME", help="the plugin that runs the model")
+    engine.add_argument("--device", default=defaults.device, metavar="DEVICE", help="cpu, cuda:1, ...")
+    engine.add_argument(
+        "--max-num-seqs",
+        type=positive_integer,
+        default=defaults.max_num_seqs,
+        metavar="N",
+        help="at most so many sequences a step (%(default)s)",
+    )
+    engine.add_argument(
+        "--max-num-batched-tokens",
+        type=positive_integer,
+        default=defaults.max_num_batched_tokens,
+        metavar="N",
+        help="at most so many tokens a step (%(default)s)",
+    )
+    engine.add_argument("--kv-cache-memory", type=byte_size, metavar="SIZE", help="of keys and values, e.g. 4G")
+    engine.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=defaults.enable_prefix_caching,
+        help="share what prompts have in common (on)",
+    )
+    engine.add_argument(
+        "--generation-config",
+        choices=("auto", "vllm"),
+        default=defaults.generation_config,
+        help="default sampling from the checkpoint (auto), or the engine's own",
+    )
+    engine.add_argument("--seed", type=int, metavar="N", help="make requests without a seed of their own repeatable")
+
+
 def positive_integer(text: str) -> int:
     """Return a number that is given as text. Raises `argparse.ArgumentTypeError` for anything below 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
     return int(text)
+
+
+def positive_number(text: str) -> float:
+    """Return a number that is given as text. Raises `argparse.ArgumentTypeError` unless it is finite and above 0."""
+    try:
+        value = float(text)
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from err
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return value
+
+
+def byte_size(text: str) -> int:
+    """Return bytes from `512`, `64K`, `8M` or `4G`. Raises `argparse.ArgumentTypeError` for anything else."""
+    found = _SIZE.fullmatch(text.upper())
+    if not found or not int(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; one is written 512, 64K, 8M or 4G")
+    return int(found[1]) * _UNITS[found[2]]

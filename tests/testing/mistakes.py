@@ -567,13 +567,7 @@ RELEASING = (
     "second_load",
 )
 DECODING_FAR = ("any_chunks", "block_tables", "slots_are_reused", "stale_values", "preemption")
-WITH_A_SHORT_PROMPT = (
-    "padded_block_tables",
-    "stale_values",
-    "shared_prefix",
-    "copy_blocks",
-    "copies_at_once",
-)
+WITH_A_SHORT_PROMPT = ("padded_block_tables", "stale_values")
 
 MISTAKES = [
     Mistake(CopiesItsConfig, ("identity",)),

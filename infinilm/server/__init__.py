@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP server: one app over one `AsyncLLM`, and the process that runs it."""
