@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from infinilm.async_llm import AsyncLLM, QueueFullError
     from infinilm.engine.stats import EngineStats
     from infinilm.llm import LLM
+    from infinilm.native.paths import get_cmake_dir, get_include
     from infinilm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from infinilm.plugins import create_plugin_manager
     from infinilm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
@@ -31,6 +32,8 @@ __all__ = [
     "SamplingParams",
     "StructuredOutputsParams",
     "create_plugin_manager",
+    "get_cmake_dir",
+    "get_include",
 ]
 
 _HOMES = {
@@ -46,6 +49,8 @@ _HOMES = {
     "SamplingParams": "infinilm.sampling_params",
     "StructuredOutputsParams": "infinilm.sampling_params",
     "create_plugin_manager": "infinilm.plugins",
+    "get_cmake_dir": "infinilm.native.paths",
+    "get_include": "infinilm.native.paths",
 }
 
 

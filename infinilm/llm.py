@@ -39,9 +39,10 @@ class LLM:
     `model` is a folder or URL that some plugin opens, or a Hub id, of which `revision` is a branch, a tag or a commit.
     `plugins` are names as the command line's `-p` takes them, or plugin objects; `plugin_manager` is a manager of the
     caller's instead. `backend` and `platform` are "auto" or the name of the plugin to ask. `dtype` is "auto", the
-    checkpoint's own, or a name such as "bfloat16". `tokenizer` is another folder, or Hub id, to take the tokenizer and
-    chat template from. `trust_remote_code` keeps the key of the config that names code, `auto_map`, for a plugin to run
-    it. `max_model_len` and `max_num_batched_tokens` are in tokens, `kv_cache_memory` in bytes. `enable_prefix_caching`
+    checkpoint's own, or a name such as "bfloat16". `quantization` has the backend quantize weights as they are loaded,
+    to a format that it knows by name, such as "int8"; `None`: they stay as they are. `tokenizer` is another folder, or
+    Hub id, to take the tokenizer and chat template from. `trust_remote_code` keeps the key of the config that names
+    code, `auto_map`, for a plugin to run it. `max_model_len` and `max_num_batched_tokens` are in tokens, `kv_cache_memory` in bytes. `enable_prefix_caching`
     lets prompts that begin alike be computed once, where the backend can share its cache.
     `generation_config="auto"` takes default sampling parameters from the checkpoint, "vllm" keeps the engine's own.
     `seed` makes requests without a seed repeatable.
@@ -60,6 +61,7 @@ class LLM:
         platform: str = "auto",
         device: str = "auto",
         dtype: str = "auto",
+        quantization: str | None = None,
         tokenizer: str | Path | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -89,6 +91,7 @@ class LLM:
                 dtype=dtype,
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
+                quantization=quantization,
                 trust_remote_code=trust_remote_code,
             )
             self.choice = pipeline.choose_backend(pm, request, backend)

@@ -198,6 +198,7 @@ def make_request(
     dtype: str,
     max_model_len: int | None,
     max_num_seqs: int,
+    quantization: str | None = None,
     trust_remote_code: bool = False,
 ) -> BackendRequest:
     """Return what is asked of backends, every "auto" settled.
@@ -211,7 +212,7 @@ def make_request(
         platform=platform,
         device=platform.device(0) if device == "auto" else device,
         dtype=choose_dtype(dtype, lineage, checkpoint, platform),
-        quantization=None,
+        quantization=quantization,
         trust_remote_code=trust_remote_code,
         rank=0,
         world_size=1,

@@ -40,6 +40,9 @@ class ParameterSpec:
     """One parameter a backend wants: the shape of the whole, all ranks together, and the dtype it is kept in.
 
     `shard=None` means that every rank has all of it. A parameter that is `tied_to` another has no storage of its own.
+
+    A backend that runs quantized checkpoints as they are asks for `NAME:weight`, `NAME:zero`, `NAME:scale` and whatever
+    else `Quantization.groups` has for a weight, in stored shape and dtype, in the place of `NAME`.
     """
 
     shape: tuple[int, ...]

@@ -14,7 +14,10 @@ PACKAGES = ("infinilm", "infinilm_hookspecs")
 
 # What each part of the house may import of infinilm; the contract is open to all of it.
 LAYERS = {
-    "cli": {"cli", "server", "async_llm", "llm", "pipeline", "plugins", "loading", "outputs", "sampling_params"},
+    "cli": {
+        *("cli", "server", "async_llm", "llm", "pipeline", "plugins", "loading", "native", "testing"),
+        *("outputs", "sampling_params"),
+    },
     "server": {"server", "async_llm", "llm", "plugins", "engine", "outputs", "sampling_params"},
     "llm": {"pipeline", "plugins", "loading", "engine", "progress", "generation_config", "outputs", "sampling_params"},
     "async_llm": {"llm", "engine", "outputs", "sampling_params"},
@@ -22,13 +25,15 @@ LAYERS = {
     "hub": set(),
     "checkpoint_view": set(),
     "generation_config": {"plugins", "sampling_params"},
-    "plugins": {"plugins"},
+    "plugins": {"plugins", "native"},
+    "native": {"native"},
+    "cmake": set(),
     "loading": {"loading"},
     "engine": {"engine", "outputs", "sampling_params"},
     "models": {"models"},
     "checkpoints": {"checkpoints"},
     "processors": {"processors"},
-    "backends": {"backends"},
+    "backends": {"backends", "native"},
     "platforms": {"platforms"},
     "logits_processors": set(),
     "testing": {"testing", "backends", "platforms", "llm", "sampling_params"},

@@ -107,6 +107,7 @@ def _walk(
         dtype=options.dtype,
         max_model_len=options.max_model_len,
         max_num_seqs=1,
+        quantization=options.quantization,
         trust_remote_code=options.trust_remote_code,
     )
     choice = pipeline.choose_backend(pm, request)

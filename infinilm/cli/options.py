@@ -20,6 +20,7 @@ class ModelOptions:
     tokenizer: str | None = None
     trust_remote_code: bool = False
     dtype: str = "auto"
+    quantization: str | None = None
     max_model_len: int | None = None
 
     @classmethod
@@ -30,6 +31,7 @@ class ModelOptions:
             tokenizer=arguments.tokenizer,
             trust_remote_code=arguments.trust_remote_code,
             dtype=arguments.dtype,
+            quantization=arguments.quantization,
             max_model_len=arguments.max_model_len,
         )
 
@@ -69,6 +71,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="PATH", help="take tokenizer and chat template from another folder")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the config name code to run (auto_map)")
     parser.add_argument("--dtype", default="auto", metavar="DTYPE", help="compute in bfloat16, float32, ...")
+    parser.add_argument(
+        "--quantization", metavar="FORMAT", help="quantize weights at load: int8, int4, ... of a backend"
+    )
     parser.add_argument("--max-model-len", type=positive_integer, metavar="N", help="at most so many tokens a sequence")
 
 

@@ -7,7 +7,7 @@ torch is imported only where there are values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from math import lcm
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -259,28 +259,56 @@ def start_walk(tensors: Mapping[str, StoredTensor], quantization: Quantization |
             walk.weights[name] = Weight.stored(name, stored.shape, stored.dtype)
         elif name == next(stored for stored in groups[logical].values() if stored in tensors):
             try:
-                weight = _dequantized(logical, quantization, tensors)
+                group = _stored_group(logical, quantization, tensors)
+                weight = _dequantized(logical, quantization, group)
                 if logical in tensors and logical not in group_of:
                     raise WeightError(f"{logical} is stored both as it is and quantized")
                 walk.weights[logical] = weight
+                walk.packed[id(weight.pieces)] = weight.pieces, group
             except WeightError as err:
                 walk.errors.append(f"{logical}: {err}")
                 walk.reported.update(groups[logical].values())
     return walk
 
 
-def _dequantized(logical: str, quantization: Quantization, tensors: Mapping[str, StoredTensor]) -> Weight:
+def unpack(walk: Walk, parameters: Iterable[str]) -> None:
+    """Take the weights apart again whose parts are asked for as they are stored, as `X:scale` and the like of an `X`.
+
+    A weight that a rule has changed, other than its name, is not what its parts make: an error of the walk.
+    """
+    for name in dict.fromkeys(asked.partition(":")[0] for asked in parameters if ":" in asked):
+        weight = walk.weights.get(name)
+        if weight is None:
+            continue  # as every weight that is missing
+        if id(weight.pieces) not in walk.packed:
+            walk.errors.append(
+                f"{name} is asked for as it is packed, and {weight.origin()} is not, or a weight rule changed it; "
+                "run it on another backend"
+            )
+            continue
+        del walk.weights[name]
+        for role, part in walk.packed[id(weight.pieces)][1].items():
+            walk.weights[f"{name}:{role}"] = part.rename(f"{name}:{role}")
+
+
+def _stored_group(
+    logical: str, quantization: Quantization, tensors: Mapping[str, StoredTensor]
+) -> Mapping[str, Weight]:
+    """Return what is stored of a group, by role."""
+    return {
+        role: Weight.stored(name, tensors[name].shape, tensors[name].dtype)
+        for role, name in quantization.groups[logical].items()
+        if name in tensors
+    }
+
+
+def _dequantized(logical: str, quantization: Quantization, group: Mapping[str, Weight]) -> Weight:
     """Return the weight a group makes. Raises `WeightError` where something is missing or does not fit."""
     scheme = _SCHEMES.get(quantization.scheme)
     if scheme is None:
         raise WeightError(
             f"nothing dequantizes weights quantized as {quantization.scheme!r}; known: {', '.join(_SCHEMES)}"
         )
-    group = {
-        role: Weight.stored(name, tensors[name].shape, tensors[name].dtype)
-        for role, name in quantization.groups[logical].items()
-        if name in tensors
-    }
     missing = [role for role in scheme.roles if role not in group]
     if missing:
         beside = ", ".join(weight.name for weight in group.values())

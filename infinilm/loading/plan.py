@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from infinilm.loading.collector import collector_paused
 from infinilm.loading.coverage import Run, Usage
-from infinilm.loading.dequantize import start_walk
+from infinilm.loading.dequantize import start_walk, unpack
 from infinilm.loading.messages import group_messages
 from infinilm.loading.stages import Stage, Walk
 from infinilm_hookspecs import ParameterSpec, PlanError, Quantization, Weight
@@ -78,13 +78,15 @@ def plan_load(
 ) -> LoadPlan:
     """Return the plan that fills `parameters` from `tensors` through the rules of `stages`, first to last.
 
-    Tensors that `quantization` says belong together are one weight to the rules, dequantized at load. Never raises for
+    Tensors that `quantization` says belong together are one weight to the rules, dequantized at load, unless the
+    parameters have its parts as they are stored: `X:weight`, `X:scale` and so on, by role, for an `X`. Never raises for
     a misfit between them: what is wrong is in `LoadPlan.errors`. An exception inside a rule that is not a `WeightError`
     propagates with a note naming the plugin and the weight.
     """
     walk = start_walk(tensors, quantization)
     for stage in stages:
         walk.run(stage)
+    unpack(walk, parameters)
     ties = _ties(parameters)
     planned = _match(walk.weights, parameters, ties, walk.errors)
     tied = {name for kept, others in ties.items() for name in (kept, *others)}

@@ -32,7 +32,8 @@ class Walk:
     """Weights on their way through the stages, and what became of the rest.
 
     `dropped` has the weights that were dropped whole, and `partly` the stored tensors whose rest was, with the plugin
-    that said so. `reported` are the stored tensors that some error is already about.
+    that said so. `reported` are the stored tensors that some error is already about. `packed` has the pieces of every
+    dequantized weight as they begin, and what they are made of by role, under the identity of those pieces.
     """
 
     weights: dict[str, Weight]
@@ -40,6 +41,7 @@ class Walk:
     partly: dict[str, str] = field(default_factory=dict)
     reported: set[str] = field(default_factory=set)
     errors: list[str] = field(default_factory=list)
+    packed: dict[int, tuple[object, Mapping[str, Weight]]] = field(default_factory=dict)
 
     def run(self, stage: Stage) -> None:
         """Run one stage. A `WeightError` of its rule is collected; another exception gains a note and propagates."""

@@ -10,7 +10,15 @@ Imports neither torch nor transformers. A model that is a known family by other 
     )
 """
 
-from infinilm.plugins.api import adapt_config, load_plugin, load_plugins
+from infinilm.plugins.api import (
+    adapt_config,
+    load_backend_plugin,
+    load_backend_plugins,
+    load_backend_plugins_from_env,
+    load_plugin,
+    load_plugins,
+    loaded_backend_plugins,
+)
 from infinilm.plugins.fingerprint import Fingerprint
 from infinilm.plugins.host import Answer, PluginManager
 from infinilm.plugins.lineage import Lineage, trace_lineage
@@ -31,8 +39,12 @@ __all__ = [
     "create_plugin_manager",
     "get_model_spec",
     "hookimpl",
+    "load_backend_plugin",
+    "load_backend_plugins",
+    "load_backend_plugins_from_env",
     "load_plugin",
     "load_plugins",
+    "loaded_backend_plugins",
     "register_model",
     "registered_model_types",
     "trace_lineage",

@@ -19,6 +19,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from infinilm import __version__
+from infinilm.native.libraries import is_library, open_library
 from infinilm.plugins.checks import did_you_mean
 from infinilm.plugins.report import Origin, PluginRecord, Status
 from infinilm_hookspecs import PluginError
@@ -54,8 +55,23 @@ def in_tree() -> dict[str, Candidate]:
             record = PluginRecord(
                 name, Status.ACTIVE, Origin.IN_TREE, PROJECT_NAME, __version__, reference=name, module=module
             )
-            found[name] = Candidate(record, partial(importlib.import_module, module))
-    return {_ASKED_LAST: found[_ASKED_LAST], **found}
+            load: Callable[[], object] = partial(importlib.import_module, module)
+            if name in found:
+                load = partial(_JoinedModules, found[name].load, load)
+            found[name] = Candidate(record, load)
+    return dict(sorted(found.items(), key=lambda item: item[0] != _ASKED_LAST))
+
+
+class _JoinedModules:
+    """One in-tree plugin whose hooks are in modules of two packages, each of which imports nothing of the other."""
+
+    def __init__(self, *loads: Callable[[], object]) -> None:
+        self.in_tree_parts = tuple(load() for load in loads)
+        for part in self.in_tree_parts:
+            for name, value in vars(part).items():
+                if hasattr(value, f"{PROJECT_NAME}_impl"):
+                    assert name not in vars(self), f"{name} is implemented twice"
+                    setattr(self, name, value)
 
 
 def installed() -> dict[str, Candidate]:
@@ -98,7 +114,7 @@ def _refuse_requirement(requirements: list[str]) -> str | None:
 
 
 def by_name(name: str, known: Mapping[str, Candidate]) -> Candidate:
-    """Return what the user named: one of `known`, a `.py` file, a module or `module:attribute`.
+    """Return what the user named: one of `known`, a `.py` file, a backend library, a module or `module:attribute`.
 
     Raises `PluginError` for a word that can be none of these.
     """
@@ -111,16 +127,25 @@ def by_name(name: str, known: Mapping[str, Candidate]) -> Candidate:
             raise PluginError(f"plugin file {name!r} does not exist")
         record = replace(record, name=path.name, reference=str(path), module=_module_name(path))
         return Candidate(record, partial(import_file, path), _refuse_source(path))
+    if is_library(name):
+        return of_library(name)
     module = name.partition(":")[0]
     if not all(part.isidentifier() for part in module.split(".")):
         raise PluginError(
-            f"-p {name!r} names no plugin: an entry point, a module, module:attribute or a .py file is wanted "
+            f"-p {name!r} names no plugin: an entry point, a module, module:attribute, a .py or a .so file is wanted "
             "(the prompt of a generation is --prompt)"
         )
     record = replace(record, module=module)
     source = _find_source(module)
     refusal = _refuse_source(source) if source is not None else None
     return Candidate(record, partial(_import_attribute, name, tuple(known)), refusal)
+
+
+def of_library(path: str) -> Candidate:
+    """Return a backend library as the candidate it is; it is opened, and has its name, once it is loaded."""
+    real = os.path.realpath(path)
+    record = PluginRecord(Path(path).name, Status.ACTIVE, Origin.NAMED, reference=real, library=real)
+    return Candidate(record, partial(open_library, path))
 
 
 def _find_source(module: str) -> Path | None:

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 
+from infinilm.native.libraries import BackendLibrary
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -67,6 +69,10 @@ def digest_files(plugin: object, module_name: str | None) -> dict[str, str]:
 
     `module_name` is the module it was loaded from; for an object of this process it is the one its class lies in.
     """
+    if isinstance(plugin, BackendLibrary):
+        return {Path(plugin.path).name: _digest(Path(plugin.path))}
+    if isinstance(parts := getattr(plugin, "in_tree_parts", None), tuple):
+        return {f"{part.__name__}:{file}": sha for part in parts for file, sha in digest_files(part, None).items()}
     module = plugin if isinstance(plugin, ModuleType) else sys.modules.get(module_name or type(plugin).__module__)
     file = getattr(module, "__file__", None)
     if file is None:

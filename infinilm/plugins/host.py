@@ -12,10 +12,12 @@ from typing import Any, Generic, TypeVar
 
 import pluggy
 
+from infinilm.native.libraries import BackendLibrary
+from infinilm.plugins import registry
 from infinilm.plugins.checks import check_hooks, did_you_mean
 from infinilm.plugins.fingerprint import Entry, Fingerprint, digest_files
 from infinilm.plugins.report import Origin, PluginRecord, Status
-from infinilm_hookspecs import PluginError, hookspecs
+from infinilm_hookspecs import BackendRequest, PluginError, hookspecs
 from infinilm_hookspecs.markers import PROJECT_NAME
 
 T = TypeVar("T")
@@ -195,8 +197,11 @@ class PluginManager(pluggy.PluginManager):
         def answer(*arguments: object) -> object:
             self._asking.append(name)
             try:
-                with self._blaming(name, hook):
-                    return self._hear(function(*arguments), name)
+                with self._blaming(name, hook), registry.running_hook():
+                    value = function(*arguments)
+                    if isinstance(value, BackendLibrary):  # provide_backend may answer with a library to ask
+                        value = value.provide_backend(*_requests(arguments))
+                    return self._hear(value, name)
             finally:
                 self._asking.pop()
 
@@ -224,6 +229,10 @@ class PluginManager(pluggy.PluginManager):
             if hook_note(err) is None:
                 err.add_note(HookNote(f"in plugin {self.record(name).describe()}, hook {hook}"))
             raise
+
+
+def _requests(arguments: Sequence[object]) -> list[BackendRequest]:
+    return [argument for argument in arguments if isinstance(argument, BackendRequest)]
 
 
 def hook_note(err: BaseException) -> HookNote | None:

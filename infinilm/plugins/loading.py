@@ -15,6 +15,7 @@ from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from infinilm.native.libraries import BackendLibrary, paths_in_environment
 from infinilm.plugins import discovery, registry
 from infinilm.plugins.checks import did_you_mean, is_plugin
 from infinilm.plugins.discovery import Candidate
@@ -41,8 +42,15 @@ def create_plugin_manager(
     always there. `like` is another manager's fingerprint: the same plugins are loaded again in the same order, and
     nothing else. Raises `PluginError` when something named here cannot be loaded, or is not the same.
     """
-    if like is not None:
-        return _load_again(like)
+    return _load_again(like) if like is not None else _create(plugins, autoload=autoload)
+
+
+def list_plugins(plugins: Iterable[object] = ()) -> list[PluginRecord]:
+    """Return what a manager would have, and as failed the backend libraries it would not be made for."""
+    return _create(plugins, autoload=True, is_listing=True).records
+
+
+def _create(plugins: Iterable[object], *, autoload: bool, is_listing: bool = False) -> PluginManager:
     plugins = list(plugins)
     words = {p.removeprefix("no:"): not p.startswith("no:") for p in plugins if isinstance(p, str)}
     in_tree, installed = discovery.in_tree(), discovery.installed()
@@ -54,12 +62,16 @@ def create_plugin_manager(
     if autoload:
         _fail_taken_names(pm, in_tree, installed)
         _load_discovered(pm, known, words)
+        for path in paths_in_environment():
+            _load_library(pm, path, is_isolated=is_listing)
     for name in registry.remembered():
         if name not in words:
             _load_named(pm, name, known)
     for spec in registry.process_specs():
         pm.register(spec)
     for name in (name for name, wanted in words.items() if not wanted):
+        if _block_library(pm, name):
+            continue
         if name not in known:
             raise PluginError(f"-p no:{name} blocks no plugin{did_you_mean(name, known)}")
         pm.note(replace(known[name].record, status=Status.BLOCKED))
@@ -108,6 +120,27 @@ def _load_discovered(pm: PluginManager, known: Mapping[str, Candidate], words: M
             _load_named(pm, name, known)
 
 
+def _load_library(pm: PluginManager, path: str, *, is_isolated: bool) -> None:
+    """Load a backend library that the environment names."""
+    candidate = discovery.of_library(path)
+    try:
+        _load(pm, _forgotten(pm, candidate))
+    except PluginError as err:
+        if not is_isolated:
+            raise
+        pm.note(replace(candidate.record, status=Status.FAILED, error=str(err)))
+
+
+def _block_library(pm: PluginManager, name: str) -> bool:
+    """Take out the backend library `name`, which is known only now that it is loaded. Return whether there is one."""
+    record = next((record for record in pm.records if record.name == name and record.library is not None), None)
+    if record is None:
+        return False
+    pm.forget(name)
+    pm.note(replace(record, status=Status.BLOCKED))
+    return True
+
+
 def _load(pm: PluginManager, candidate: Candidate) -> None:
     """Import and register one plugin, and remember how long the import took. Raises whatever the plugin raises."""
     if candidate.refusal is not None:
@@ -140,15 +173,20 @@ def _load_isolated(pm: PluginManager, candidate: Candidate) -> None:
 def _load_named(pm: PluginManager, name: str, known: Mapping[str, Candidate]) -> None:
     """Load what the user named, anew where it was loaded before. Raises `PluginError`, the cause chained."""
     candidate = discovery.by_name(name, known)
-    for record in pm.records:
-        if record.reference == candidate.record.reference and record.status is Status.ACTIVE:
-            pm.forget(record.name)
     try:
-        _load(pm, candidate)
+        _load(pm, _forgotten(pm, candidate))
     except InfinilmError:
         raise
     except Exception as err:
         raise PluginError(f"plugin {name!r} cannot be loaded: {type(err).__name__}: {err}") from err
+
+
+def _forgotten(pm: PluginManager, candidate: Candidate) -> Candidate:
+    """Forget what was loaded from the same place, and return the candidate to load in its stead."""
+    for record in pm.records:
+        if record.reference == candidate.record.reference and record.status is Status.ACTIVE:
+            pm.forget(record.name)
+    return candidate
 
 
 def _load_again(fingerprint: Fingerprint) -> PluginManager:
@@ -183,6 +221,10 @@ def register_found(pm: PluginManager, found: object, record: PluginRecord | None
     """
     if isinstance(found, Sequence) and found and all(isinstance(item, ModelSpec) for item in found):
         found = ModelSpecs(found)
+    if isinstance(found, BackendLibrary):
+        known = record or PluginRecord(found.name, Status.ACTIVE, Origin.REGISTERED)
+        path = found.path
+        record = replace(known, name=found.name, version=found.version, reference=path, library=path)
     if not specs:
         if inspect.isroutine(found):
             called = record.describe() if record else repr(found)

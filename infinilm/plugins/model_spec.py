@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from infinilm.native.libraries import open_library
 from infinilm_hookspecs import (
     Backend,
     BackendRequest,
@@ -53,6 +55,9 @@ class ModelSpec:
     `backend` makes the backend of a model that is no known family: it is called with a `BackendRequest`, and answers as
     `provide_backend` does. As a string, "module:attribute", it is imported only once there is such a model to run.
 
+    `backend_plugin`, or each of `backend_plugins` in turn, is the path of a backend library that runs these models. It
+    is loaded when there is one to run, and one that cannot be loaded is an error.
+
     `processor` names the plugin that makes the processor; `processor_cls` is called with (lineage, checkpoint).
     `metadata` is the owner's to use. Raises `PluginError` for a spec that contradicts itself.
     """
@@ -65,6 +70,8 @@ class ModelSpec:
     weight_rules: tuple[StateDictRemapper | WeightRule, ...] = ()
     use_builtin_weight_remapper: bool = True
     backend: BackendMaker | str | None = None
+    backend_plugin: str | os.PathLike[str] | None = None
+    backend_plugins: tuple[str | os.PathLike[str], ...] = ()
     processor: str | None = None
     processor_cls: Callable[[Sequence[Config | DecoderConfig], Checkpoint], Processor] | None = None
     metadata: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
@@ -77,6 +84,10 @@ class ModelSpec:
         object.__setattr__(self, "model_type", types[0])
         object.__setattr__(self, "model_types", types)
         object.__setattr__(self, "weight_rules", tuple(self.weight_rules))
+        libraries = self.backend_plugins
+        libraries = (libraries,) if isinstance(libraries, str | os.PathLike) else tuple(libraries)
+        first = () if self.backend_plugin is None else (self.backend_plugin,)
+        object.__setattr__(self, "backend_plugins", tuple(dict.fromkeys((*first, *libraries))))
         if self.processor is not None and self.processor_cls is not None:
             raise PluginError(f"ModelSpec {types[0]!r}: processor and processor_cls exclude each other")
         if isinstance(self.backend, str) and not all(self.backend.partition(":")):
@@ -107,7 +118,13 @@ class ModelSpec:
     @hookimpl
     def provide_backend(self, request: BackendRequest) -> Backend | None:
         """Answer for a lineage that begins with one of this spec's types, or passes one, with its backend."""
-        if self.backend is None or not any(self.owns(config) for config in request.lineage):
+        if not any(self.owns(config) for config in request.lineage):
+            return None
+        for path in self.backend_plugins:
+            backend = open_library(path).provide_backend(request)
+            if backend is not None:
+                return backend
+        if self.backend is None:
             return None
         make = self._import_backend(self.backend) if isinstance(self.backend, str) else self.backend
         return make(request)

@@ -29,6 +29,7 @@ class _Registry:
 
 _registry = _Registry()
 _loading: ContextVar[list[ModelSpec] | None] = ContextVar("specs registered by the plugin that is being loaded")
+_in_hook: ContextVar[bool] = ContextVar("whether a plugin's hook is running", default=False)
 
 
 def register_model(spec: ModelSpec | None = None, /, **fields: Any) -> ModelSpec:
@@ -102,6 +103,21 @@ def registered_by(module: str) -> list[ModelSpec]:
 def process_specs() -> list[ModelSpec]:
     """Return the specs that no plugin registered, but the process."""
     return list(_registry.specs.get(None, []))
+
+
+@contextmanager
+def running_hook() -> Iterator[None]:
+    """Take note that a plugin's hook is running: what it asks for is for itself."""
+    token = _in_hook.set(True)
+    try:
+        yield
+    finally:
+        _in_hook.reset(token)
+
+
+def is_inside_plugin() -> bool:
+    """Return whether a plugin is being loaded, or one of its hooks is running."""
+    return _in_hook.get() or _loading.get(None) is not None
 
 
 def remember(names: Iterable[str]) -> None:

@@ -35,7 +35,7 @@ class PluginRecord:
     """One plugin. `import_ms` is in milliseconds; `error` says why a failed one failed.
 
     `reference` is the name, module or path by which it can be loaded again, and `module` where its code lies; `None`
-    for an object of this process.
+    for an object of this process. `library` is the path of a backend library.
     """
 
     name: str
@@ -49,6 +49,7 @@ class PluginRecord:
     error: str | None = None
     reference: str | None = None
     module: str | None = None
+    library: str | None = None
 
     def describe(self) -> str:
         """Return the plugin's name with the distribution it comes from, for messages."""

@@ -61,7 +61,8 @@ def test_list_shows_each_with_its_reason(environment: Environment) -> None:
     done = environment.run("plugins", "list", "--json")
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row for row in json.loads(done.stdout)}
-    keys = {"name", "status", "origin", "distribution", "version", "hooks", "model_types", "import_ms", "error"}
+    keys = {"name", "status", "origin", "distribution", "version", "hooks", "model_types", "import_ms"}
+    keys |= {"error", "library"}
     assert all(row.keys() == keys for row in rows.values())
     for name, what in environment.said.items():
         assert rows[name]["status"] == "failed", name

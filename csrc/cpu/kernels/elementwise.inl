@@ -1,0 +1,193 @@
+// What happens to activations between products, row by row.
+
+void to_bf16(const float* x, int64_t size, uint16_t* out) {
+  for (int64_t i = 0; i < size; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, 4);
+    const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
+    // Rounding up the payload of a NaN could make it an infinity.
+    const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+    out[i] = static_cast<uint16_t>((is_nan ? bits | 0x400000 : rounded) >> 16);
+  }
+}
+
+void to_i8(const float* x, int64_t size, int8_t* out, float* scales, int32_t* sums) {
+  for (int64_t group = 0; group < size / kGroup; ++group, x += kGroup, out += kGroup) {
+    VF peak = VF{};
+    for (int i = 0; i < kGroup; i += kWidth) peak = max(peak, magnitude(load(x + i)));
+    const float most = largest(peak);
+    const float inverse = most > 0 ? 127.0f / most : 0;
+    int32_t total = 0;
+    for (int i = 0; i < kGroup; i += kWidth) {
+      const VI rounded = as_bits(load(x + i) * inverse + kRounder) - kRounderBits;
+      for (int j = 0; j < kWidth; ++j) {
+        out[i + j] = static_cast<int8_t>(rounded[j]);
+        total += rounded[j];
+      }
+    }
+    scales[group] = most / 127.0f;
+    sums[group] = total;
+  }
+}
+
+// Call body(position, vector in, lanes) over `size` floats; the last vector may be partly filled.
+template <class Body>
+INFINILM_INLINE void map(const float* x, const float* y, int64_t size, float* out, const Body& body) {
+  int64_t i = 0;
+  for (; i + kWidth <= size; i += kWidth) store(out + i, body(load(x + i), load(y + i)));
+  if (i == size) return;
+  float rest_x[kWidth] = {}, rest_y[kWidth] = {};
+  std::memcpy(rest_x, x + i, (size - i) * 4);
+  std::memcpy(rest_y, y + i, (size - i) * 4);
+  store(rest_x, body(load(rest_x), load(rest_y)));
+  std::memcpy(out + i, rest_x, (size - i) * 4);
+}
+
+INFINILM_INLINE float sum_of_squares(const float* x, int64_t size, float mean) {
+  VF total[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * kWidth <= size; i += 2 * kWidth) {
+    const VF first = load(x + i) - mean, second = load(x + i + kWidth) - mean;
+    total[0] += first * first;
+    total[1] += second * second;
+  }
+  float rest = 0;
+  for (; i < size; ++i) rest += (x[i] - mean) * (x[i] - mean);
+  return sum(total[0] + total[1]) + rest;
+}
+
+INFINILM_INLINE float sum_of(const float* x, int64_t size) {
+  VF total = {};
+  int64_t i = 0;
+  for (; i + kWidth <= size; i += kWidth) total += load(x + i);
+  float rest = 0;
+  for (; i < size; ++i) rest += x[i];
+  return sum(total) + rest;
+}
+
+INFINILM_INLINE void apply_norm(const float* x, int64_t size, float mean, float factor, const float* weight,
+                                const float* bias, float* out) {
+  map(x, weight, size, out, [=](VF value, VF w) { return (value - mean) * factor * w; });
+  if (bias != nullptr) map(out, bias, size, out, [](VF value, VF b) { return value + b; });
+}
+
+void rms_norm(const float* x, int64_t size, const float* weight, const float* bias, float eps, float* out) {
+  const float mean_square = sum_of_squares(x, size, 0) / static_cast<float>(size);
+  apply_norm(x, size, 0, 1 / std::sqrt(mean_square + eps), weight, bias, out);
+}
+
+void layer_norm(const float* x, int64_t size, const float* weight, const float* bias, float eps, float* out) {
+  const float mean = sum_of(x, size) / static_cast<float>(size);
+  const float variance = sum_of_squares(x, size, mean) / static_cast<float>(size);
+  apply_norm(x, size, mean, 1 / std::sqrt(variance + eps), weight, bias, out);
+}
+
+INFINILM_INLINE VF silu(VF x) { return x / (1.0f + exp(-x)); }
+INFINILM_INLINE VF gelu(VF x) { return 0.5f * x * (1.0f + erf(x * 0.707106781f)); }
+INFINILM_INLINE VF gelu_tanh(VF x) { return 0.5f * x * (1.0f + tanh(0.797884561f * (x + 0.044715f * x * x * x))); }
+INFINILM_INLINE VF relu(VF x) { return max(x, VF{}); }
+
+// Call body(function) with the function an activation stands for.
+template <class Body>
+INFINILM_INLINE void with_function(Activation activation, const Body& body) {
+  switch (activation) {
+    case Activation::kSilu: return body([](VF x) { return silu(x); });
+    case Activation::kGelu: return body([](VF x) { return gelu(x); });
+    case Activation::kGeluTanh: return body([](VF x) { return gelu_tanh(x); });
+    case Activation::kRelu: return body([](VF x) { return relu(x); });
+  }
+}
+
+void activate(Activation activation, const float* x, int64_t size, float* out) {
+  with_function(activation, [=](auto function) { map(x, x, size, out, [=](VF value, VF) { return function(value); }); });
+}
+
+void activate_pairs(Activation activation, const float* pairs, int64_t num_pairs, float* out) {
+  with_function(activation, [=](auto function) {
+    for (int64_t pair = 0; pair < num_pairs; ++pair) {
+      for (int64_t i = 0; i < kBlock; i += kWidth) {
+        const float* gate = pairs + pair * 2 * kBlock + i;
+        store(out + pair * kBlock + i, function(load(gate)) * load(gate + kBlock));
+      }
+    }
+  });
+}
+
+void softcap(float* x, int64_t size, float scale, float cap) {
+  const float inner = scale / cap;
+  map(x, x, size, x, [=](VF value, VF) { return tanh(value * inner) * cap; });
+}
+
+void rotate(float* head, int64_t head_dim, const float* cosines, const float* sines) {
+  const int64_t half = head_dim / 2;
+  float *first = head, *second = head + half;
+  for (int64_t i = 0; i < half; ++i) {
+    const float a = first[i], b = second[i];
+    first[i] = a * cosines[i] - b * sines[i];
+    second[i] = b * cosines[i] + a * sines[i];
+  }
+}
+
+void add(float* x, const float* y, int64_t size, float factor) {
+  map(x, y, size, x, [=](VF a, VF b) { return a + b * factor; });
+}
+
+// ---------------------------------------------------------------- quantizing weights
+
+// fp16 and back, to nearest; for scales, whose magnitudes are far from its limits. Subnormals are kept.
+INFINILM_INLINE float rounded_to_half(float x) {
+  // A half has 13 bits of mantissa less, and below 2^-14 steps of 2^-24.
+  if (std::fabs(x) < 6.103515625e-05f) return std::nearbyint(x * 16777216.0f) / 16777216.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  bits = (bits + 0xfff + (bits >> 13 & 1)) & ~0x1fffu;
+  std::memcpy(&x, &bits, 4);
+  return x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x;
+}
+
+INFINILM_INLINE float peak_of(const float* x, int64_t size) {
+  float peak = 0;
+  for (int64_t i = 0; i < size; ++i) peak = std::fabs(x[i]) > peak ? std::fabs(x[i]) : peak;
+  return peak;
+}
+
+// Put round(x / scale) + offset, kept within [low, high], into out, and return the sum of squared differences.
+INFINILM_INLINE float quantize_with(const float* x, int64_t size, float scale, int offset, int low, int high,
+                                    uint8_t* out) {
+  const float inverse = scale != 0 ? 1 / scale : 0;
+  float error = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    int32_t level = static_cast<int32_t>(std::nearbyint(x[i] * inverse));
+    level = level < low ? low : level > high ? high : level;
+    const float difference = x[i] - static_cast<float>(level) * scale;
+    error += difference * difference;
+    out[i] = static_cast<uint8_t>(level + offset);
+  }
+  return error;
+}
+
+float quantize_i8(const float* x, int64_t size, uint8_t* out) {
+  const float scale = rounded_to_half(peak_of(x, size) / 127.0f);
+  quantize_with(x, size, scale, 128, -127, 127, out);
+  return scale;
+}
+
+// Sixteen levels are few: of some scales, the one with the least error. Levels are -8 to 7, so the sign of a scale
+// says on which side there is one more.
+float quantize_i4(const float* x, int64_t size, uint8_t* out) {
+  constexpr float kDivisors[] = {7.0f, 7.5f, 8.0f, 8.5f, 9.0f};
+  const float peak = peak_of(x, size);
+  float best_scale = 0, best_error = INFINITY;
+  for (float divisor : kDivisors) {
+    for (float sign : {1.0f, -1.0f}) {
+      const float scale = rounded_to_half(sign * peak / divisor);
+      const float error = quantize_with(x, size, scale, 8, -8, 7, out);
+      if (error < best_error) {
+        best_error = error;
+        best_scale = scale;
+      }
+    }
+  }
+  quantize_with(x, size, best_scale, 8, -8, 7, out);
+  return best_scale;
+}

@@ -1,0 +1,50 @@
+// Normalisation, and the way of activations from one product into the next.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "decoder_config.h"
+#include "parameters.h"
+#include "step.h"
+
+namespace infinilm::cpu {
+
+class Norm {
+ public:
+  // Adds its parameters to the list, under `name`.
+  Norm(const NormConfig& config, const std::string& name, int64_t size, ParameterList& parameters);
+
+  void apply(const Kernels& kernels, const float* x, float* out) const;
+
+ private:
+  NormConfig config_;
+  std::vector<float> weight_, bias_;
+};
+
+// A Norm where the config has one. Its address must not change once it is made.
+using NormIfAny = std::optional<Norm>;
+void make_norm(NormIfAny& norm, const std::optional<NormConfig>& config, const std::string& name, int64_t size,
+               ParameterList& parameters);
+
+// A phase: rows of activations for a product, num_rows of `size` floats, through `norm` where there is one, in the
+// format that `weights` wants. from(row) is where a row is. They are valid until the next call.
+template <typename From>
+Rows prepare_rows(const Step& step, int thread, int64_t num_rows, int64_t size, const NormIfAny& norm,
+                  const PackedMatrix& weights, const From& from) {
+  const RowFormat format = step.kernels.row_format(weights.format());
+  const Rows rows = step.space.rows.rows(format, num_rows, weights.depth());
+  step.pool.phase(thread, num_rows, [&](int64_t row) {
+    const float* x = from(row);
+    if (norm) {
+      norm->apply(step.kernels, x, step.vector(thread));
+      x = step.vector(thread);
+    }
+    put_row(step.kernels, format, rows, row, x, size, weights.depth());
+  });
+  return rows;
+}
+
+}  // namespace infinilm::cpu

@@ -1,0 +1,366 @@
+// Every kernel of every level this machine has, against the same in double precision, on shapes that fit nothing.
+#include "kernels/kernels.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "check.h"
+#include "kv_cache.h"
+#include "packed_matrix.h"
+#include "row_buffer.h"
+
+using namespace infinilm::cpu;
+
+namespace {
+
+std::mt19937 generator(7);
+
+std::vector<float> random_floats(int64_t size, float spread = 1) {
+  std::normal_distribution<float> normal(0, spread);
+  std::vector<float> values(size);
+  for (float& value : values) value = normal(generator);
+  return values;
+}
+
+std::vector<float> rounded(std::vector<float> values) {
+  for (float& value : values) value = bf16_to_float(float_to_bf16(value));
+  return values;
+}
+
+double worst(const std::vector<float>& got, const std::vector<double>& wanted) {
+  double difference = 0, largest = 1e-30;
+  for (size_t i = 0; i < got.size(); ++i) {
+    if (!(std::fabs(got[i]) < 1e30)) return std::numeric_limits<double>::infinity();
+    difference = std::max(difference, std::fabs(got[i] - wanted[i]));
+    largest = std::max(largest, std::fabs(wanted[i]));
+  }
+  return difference / largest;
+}
+
+struct Case {
+  const char* name;
+  Packing packing;
+};
+
+const Case kCases[] = {{"f32", {WeightFormat::kF32, 0}},
+                       {"bf16", {WeightFormat::kBf16, 0}},
+                       {"int8", {WeightFormat::kI8, 32}},
+                       {"int4 by 32", {WeightFormat::kI4, 32}},
+                       {"int4 by 128", {WeightFormat::kI4, 128}}};
+
+PackedMatrix packed(const Kernels& kernels, const Case& kind, const std::vector<float>& weights, int64_t n, int64_t k,
+                    Arena& arena) {
+  PackedMatrix matrix(kernels, kind.packing, (n + kBlock - 1) / kBlock, k, arena);
+  std::vector<uint16_t> halves(weights.size());
+  std::transform(weights.begin(), weights.end(), halves.begin(), float_to_bf16);
+  const bool is_bf16 = kind.packing.format == WeightFormat::kBf16;
+  const SourceMatrix source{is_bf16 ? reinterpret_cast<const std::byte*>(halves.data())
+                                    : reinterpret_cast<const std::byte*>(weights.data()),
+                            is_bf16};
+  std::vector<float> scratch(k);
+  for (int64_t block = 0; block < matrix.num_blocks(); ++block) {
+    matrix.pack_block(source, n, block, block, scratch.data());
+  }
+  return matrix;
+}
+
+// What a row is once it has been put: rounded to bf16, or to levels of a group.
+std::vector<float> as_put(RowFormat format, const Rows& rows, int64_t row, int64_t k) {
+  std::vector<float> values(k);
+  const std::byte* data = rows.data + row * rows.stride;
+  for (int64_t i = 0; i < k; ++i) {
+    if (format == RowFormat::kF32) {
+      std::memcpy(&values[i], data + i * 4, 4);
+    } else if (format == RowFormat::kBf16) {
+      uint16_t bits;
+      std::memcpy(&bits, data + i * 2, 2);
+      values[i] = bf16_to_float(bits);
+    } else {
+      values[i] = static_cast<int8_t>(data[i]) * rows.scales[row * rows.num_groups + i / kGroup];
+    }
+  }
+  return values;
+}
+
+// Of all scales that map the largest weight to a level, the one that is chosen is not worse than the plainest.
+void test_int4_error(const Kernels& kernels) {
+  for (int64_t group : {32, 128}) {
+    double chosen = 0, plain = 0;
+    for (int round = 0; round < 50; ++round) {
+      const std::vector<float> x = random_floats(group);
+      float peak = 0;
+      for (float value : x) peak = std::max(peak, std::fabs(value));
+      std::vector<uint8_t> levels(group);
+      const float scale = kernels.quantize_i4(x.data(), group, levels.data());
+      for (int64_t i = 0; i < group; ++i) {
+        CHECK(levels[i] < 16, isa_name(kernels.isa));
+        chosen += std::pow(x[i] - (levels[i] - 8) * scale, 2);
+        plain += std::pow(x[i] - std::nearbyint(x[i] / peak * 7) * peak / 7, 2);
+      }
+    }
+    CHECK(chosen < 0.9 * plain, std::string(isa_name(kernels.isa)) + ": " + std::to_string(chosen / plain));
+  }
+}
+
+void test_gemm(const Kernels& kernels, const Case& kind, int64_t m, int64_t n, int64_t k) {
+  const std::string what = std::string(isa_name(kernels.isa)) + " " + kind.name + " " + std::to_string(m) + " rows, " +
+                           std::to_string(n) + " by " + std::to_string(k);
+  std::vector<float> weights = random_floats(n * k), x = random_floats(m * k, 3);
+  if (kind.packing.format == WeightFormat::kBf16) weights = rounded(weights);
+  Arena arena;
+  const PackedMatrix matrix = packed(kernels, kind, weights, n, k, arena);
+  std::vector<float> kept(n * k);
+  for (int64_t i = 0; i < n; ++i) matrix.unpack_row(i, kept.data() + i * k);
+  // int8: half a level of a group whose largest is 127 levels. int4: the largest may be cut from 9 levels to 7.
+  const double bound = kind.packing.format == WeightFormat::kI8   ? 0.5 / 127 * 1.01
+                       : kind.packing.format == WeightFormat::kI4 ? 2.0 / 9 * 1.01
+                                                                  : 0;
+  CHECK(worst(kept, std::vector<double>(weights.begin(), weights.end())) <= bound, what + ": packing");
+
+  const RowFormat format = kernels.row_format(kind.packing.format);
+  RowBuffer buffer;
+  buffer.reserve(m, matrix.depth());
+  const Rows rows = buffer.rows(format, m, matrix.depth());
+  std::vector<double> wanted;
+  for (int64_t row = 0; row < m; ++row) {
+    put_row(kernels, format, rows, row, x.data() + row * k, k, matrix.depth());
+    const std::vector<float> values = as_put(format, rows, row, k);
+    const std::vector<double> exact(x.begin() + row * k, x.begin() + (row + 1) * k);
+    const double loss = format == RowFormat::kF32 ? 0 : format == RowFormat::kBf16 ? 1.0 / 256 : 0.5 / 127 * 1.01;
+    CHECK(worst(values, exact) <= loss, what + ": rows");
+    for (int64_t column = 0; column < matrix.num_blocks() * kBlock; ++column) {
+      double sum = 0;
+      for (int64_t i = 0; column < n && i < k; ++i) sum += static_cast<double>(values[i]) * kept[column * k + i];
+      wanted.push_back(sum);
+    }
+  }
+  const int64_t stride = matrix.num_blocks() * kBlock;
+  std::vector<float> got(m * stride, std::nanf(""));
+  kernels.gemm(kind.packing.format)(rows, m, matrix.panel(0), matrix.num_blocks(), got.data(), stride);
+  CHECK(worst(got, wanted) <= 2e-6 * std::sqrt(static_cast<double>(k)), what + ": " + std::to_string(worst(got, wanted)));
+}
+
+// Levels at both ends of their range: instructions that saturate in between would show.
+void test_extreme_integers(const Kernels& kernels) {
+  const int64_t k = 128, n = 16;
+  for (const Case& kind : kCases) {
+    if (kind.packing.group == 0) continue;
+    for (float sign : {1.0f, -1.0f}) {
+      std::vector<float> weights(n * k, 1.0f), x(k, sign);
+      Arena arena;
+    const PackedMatrix matrix = packed(kernels, kind, weights, n, k, arena);
+      RowBuffer buffer;
+      buffer.reserve(1, k);
+      const Rows rows = buffer.rows(RowFormat::kI8, 1, k);
+      put_row(kernels, RowFormat::kI8, rows, 0, x.data(), k, k);
+      std::vector<float> got(n), kept(k);
+      matrix.unpack_row(3, kept.data());
+      kernels.gemm(kind.packing.format)(rows, 1, matrix.panel(0), 1, got.data(), n);
+      double wanted = 0;
+      for (float weight : kept) wanted += weight * sign;
+      CHECK(std::fabs(got[3] - wanted) < 1e-3, std::string(isa_name(kernels.isa)) + " " + kind.name);
+    }
+  }
+}
+
+using Function = std::function<double(double)>;
+
+void test_activations(const Kernels& kernels) {
+  const std::pair<Activation, Function> functions[] = {
+      {Activation::kSilu, [](double x) { return x / (1 + std::exp(-x)); }},
+      {Activation::kGelu, [](double x) { return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0))); }},
+      {Activation::kGeluTanh,
+       [](double x) { return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))); }},
+      {Activation::kRelu, [](double x) { return std::max(x, 0.0); }}};
+  for (const auto& [activation, function] : functions) {
+    for (int64_t pairs : {1, 3}) {
+      const std::string what = std::string(isa_name(kernels.isa)) + " activation " +
+                               std::to_string(static_cast<int>(activation));
+      std::vector<float> x = random_floats(pairs * 32, 4), out(pairs * 16), single(pairs * 32 - 3);
+      x[0] = 200, x[1] = -200, x[2] = 0, x[3] = 1e-8f;
+      kernels.activate_pairs(activation, x.data(), pairs, out.data());
+      kernels.activate(activation, x.data(), pairs * 32 - 3, single.data());
+      for (size_t i = 0; i < out.size(); ++i) {
+        const float gate = x[i / 16 * 32 + i % 16], up = x[i / 16 * 32 + 16 + i % 16];
+        const double wanted = function(gate) * up;
+        CHECK(std::fabs(out[i] - wanted) <= 2e-6 * (1 + std::fabs(wanted)), what + " of " + std::to_string(gate));
+      }
+      for (size_t i = 0; i < single.size(); ++i) {
+        CHECK(std::fabs(single[i] - function(x[i])) <= 2e-6 * (1 + std::fabs(x[i])), what);
+      }
+    }
+  }
+}
+
+void test_rows(const Kernels& kernels) {
+  for (int64_t size : {1, 3, 16, 33, 100, 896}) {
+    const std::string what = std::string(isa_name(kernels.isa)) + " of " + std::to_string(size);
+    const std::vector<float> x = random_floats(size, 2), weight = random_floats(size), bias = random_floats(size);
+    double square = 0, mean = 0, variance = 0;
+    for (float value : x) square += static_cast<double>(value) * value / size, mean += static_cast<double>(value) / size;
+    for (float value : x) variance += (value - mean) * (value - mean) / size;
+    std::vector<float> rms(size), layer(size), capped = x, summed = x;
+    kernels.rms_norm(x.data(), size, weight.data(), nullptr, 1e-5f, rms.data());
+    kernels.layer_norm(x.data(), size, weight.data(), bias.data(), 1e-5f, layer.data());
+    kernels.softcap(capped.data(), size, 2, 1.5f);
+    kernels.add(summed.data(), bias.data(), size, 0.25f);
+    std::vector<double> wanted_rms, wanted_layer, wanted_cap, wanted_sum;
+    for (int64_t i = 0; i < size; ++i) {
+      wanted_rms.push_back(x[i] / std::sqrt(square + 1e-5) * weight[i]);
+      wanted_layer.push_back((x[i] - mean) / std::sqrt(variance + 1e-5) * weight[i] + bias[i]);
+      wanted_cap.push_back(1.5 * std::tanh(2.0 * x[i] / 1.5));
+      wanted_sum.push_back(x[i] + 0.25 * bias[i]);
+    }
+    CHECK(worst(rms, wanted_rms) < 1e-6, what);
+    CHECK(worst(layer, wanted_layer) < 1e-6, what);
+    CHECK(worst(capped, wanted_cap) < 1e-6, what);
+    CHECK(worst(summed, wanted_sum) < 1e-6, what);
+  }
+}
+
+void test_rounding(const Kernels& kernels) {
+  std::vector<float> x = random_floats(100, 1e3f);
+  x[0] = std::nanf(""), x[1] = INFINITY, x[2] = -INFINITY, x[3] = 0, x[4] = 3.3961775e38f, x[5] = 1.00390625f;
+  const uint32_t loud = 0x7f800001;
+  std::memcpy(&x[6], &loud, 4);
+  std::vector<uint16_t> got(x.size());
+  kernels.to_bf16(x.data(), static_cast<int64_t>(x.size()), got.data());
+  for (size_t i = 0; i < x.size(); ++i) {
+    const float back = bf16_to_float(got[i]);
+    CHECK(got[i] == float_to_bf16(x[i]), isa_name(kernels.isa));
+    CHECK(std::isnan(x[i]) == std::isnan(back), isa_name(kernels.isa));
+    if (std::isfinite(x[i]) && std::isfinite(back)) {
+      CHECK(std::fabs(back - x[i]) <= std::fabs(x[i]) / 256, isa_name(kernels.isa));
+    }
+  }
+}
+
+struct AttentionCase {
+  int64_t num_rows, head_dim, context, window;
+  float softcap;
+  bool is_bf16;
+};
+
+// Keys and values go through the cache, in blocks that lie in no order, and one that nobody should look at is NaN.
+void test_attention(const Kernels& kernels, const AttentionCase& test) {
+  AttentionConfig mixer;
+  mixer.num_heads = mixer.num_kv_heads = 1;
+  mixer.head_dim = test.head_dim;
+  const int64_t num_blocks = (test.context + kBlock - 1) / kBlock, dim = test.head_dim;
+  KvCache cache({CacheLayout(mixer, test.is_bf16)}, num_blocks + 1);
+  const CacheLayout& layout = cache.layout(0);
+  std::memset(cache.head(0, 0), 0xff, layout.block_bytes() * (num_blocks + 1));
+  std::vector<int32_t> table(num_blocks);
+  for (int64_t i = 0; i < num_blocks; ++i) table[i] = static_cast<int32_t>(num_blocks - i);
+  std::vector<float> keys = random_floats(test.context * dim), values = random_floats(test.context * dim);
+  std::vector<float> queries = random_floats(test.num_rows * dim);
+  if (test.is_bf16) keys = rounded(keys), values = rounded(values), queries = rounded(queries);
+  std::vector<int32_t> begins, ends;
+  for (int64_t row = 0; row < test.num_rows; ++row) {
+    ends.push_back(static_cast<int32_t>(std::max<int64_t>(test.context - row, 1)));
+    begins.push_back(test.window ? std::max<int32_t>(ends.back() - static_cast<int32_t>(test.window), 0) : 0);
+  }
+  const int64_t first_seen = *std::min_element(begins.begin(), begins.end());
+  for (int64_t t = first_seen; t < test.context; ++t) {
+    const int64_t slot = table[t / kBlock] * kBlock + t % kBlock;
+    cache.write_key(0, 0, slot, keys.data() + t * dim);
+    cache.write_value(0, 0, slot, values.data() + t * dim);
+  }
+  const int64_t padded = (dim + kBlock - 1) / kBlock * kBlock;
+  const RowFormat format = test.is_bf16 ? kernels.bf16_rows : RowFormat::kF32;
+  RowBuffer buffer;
+  buffer.reserve(test.num_rows, padded);
+  AttentionTile tile;
+  tile.queries = buffer.rows(format, test.num_rows, padded);
+  for (int64_t row = 0; row < test.num_rows; ++row) {
+    put_row(kernels, format, tile.queries, row, queries.data() + row * dim, dim, padded);
+  }
+  std::vector<float> out(test.num_rows * padded, 0), maxima(test.num_rows, -1e30f), sums(test.num_rows, 0);
+  Buffer scratch(attention_scratch_bytes(test.num_rows, dim));
+  tile.num_rows = test.num_rows;
+  tile.begins = begins.data();
+  tile.ends = ends.data();
+  tile.cache = cache.head(0, 0);
+  tile.block_stride = layout.block_bytes();
+  tile.value_offset = layout.key_bytes;
+  tile.block_table = table.data();
+  tile.context_length = test.context;
+  tile.head_dim = dim;
+  tile.scale = 0.3f;
+  tile.softcap = test.softcap;
+  tile.out = out.data();
+  tile.out_stride = padded;
+  tile.maxima = maxima.data();
+  tile.sums = sums.data();
+  tile.scratch = scratch.data();
+  // In two parts, as when a context is cut.
+  const int64_t first = first_seen / kBlock, middle = first + (num_blocks - first) / 2;
+  for (const auto& [begin, end] : {std::pair(first, middle), std::pair(middle, num_blocks)}) {
+    tile.first_block = begin;
+    tile.last_block = end;
+    (test.is_bf16 ? kernels.attend_bf16 : kernels.attend_f32)(tile);
+  }
+  std::vector<float> got;
+  std::vector<double> wanted;
+  for (int64_t row = 0; row < test.num_rows; ++row) {
+    std::vector<double> weights;
+    double total = 0;
+    for (int64_t t = begins[row]; t < ends[row]; ++t) {
+      double score = 0;
+      for (int64_t i = 0; i < dim; ++i) score += static_cast<double>(queries[row * dim + i]) * keys[t * dim + i];
+      score *= 0.3f;
+      if (test.softcap > 0) score = test.softcap * std::tanh(score / test.softcap);
+      weights.push_back(std::exp(score));
+      total += weights.back();
+    }
+    for (int64_t i = 0; i < dim; ++i) {
+      double sum = 0;
+      for (int64_t t = begins[row]; t < ends[row]; ++t) sum += weights[t - begins[row]] / total * values[t * dim + i];
+      wanted.push_back(sum);
+      got.push_back(out[row * padded + i] / sums[row]);
+    }
+  }
+  const double bound = format == RowFormat::kBf16 ? 6e-3 : 5e-6;  // weights are rounded to bf16 there
+  CHECK(worst(got, wanted) <= bound, std::string(isa_name(kernels.isa)) + (test.is_bf16 ? " bf16 " : " f32 ") +
+                                         std::to_string(test.num_rows) + " rows, head " + std::to_string(dim) +
+                                         ", context " + std::to_string(test.context) + ", window " +
+                                         std::to_string(test.window) + ": " + std::to_string(worst(got, wanted)));
+}
+
+}  // namespace
+
+int main() {
+  for (Isa isa : available_isas()) {
+    const Kernels& kernels = kernels_for(isa);
+    for (const Case& kind : kCases) {
+      for (int64_t m = 1; m <= 9; ++m) {
+        test_gemm(kernels, kind, m, 16, 32);
+        test_gemm(kernels, kind, m, 37, 97);
+        test_gemm(kernels, kind, m, 5, 1);
+        test_gemm(kernels, kind, m, 48, 131);
+      }
+      for (int64_t m : {12, 13, 25, 48}) test_gemm(kernels, kind, m, 83, 259);
+    }
+    test_extreme_integers(kernels);
+    test_int4_error(kernels);
+    test_activations(kernels);
+    test_rows(kernels);
+    test_rounding(kernels);
+    for (bool is_bf16 : {false, true}) {
+      for (int64_t head_dim : {2, 5, 16, 40, 64, 96}) {
+        for (int64_t context : {1, 15, 16, 33, 300}) {
+          test_attention(kernels, {1, head_dim, context, 0, 0, is_bf16});
+          test_attention(kernels, {7, head_dim, context, 0, 0, is_bf16});
+          test_attention(kernels, {29, head_dim, context, 20, 0, is_bf16});
+          test_attention(kernels, {3, head_dim, context, 17, 1.5f, is_bf16});
+        }
+      }
+    }
+  }
+  return finish();
+}

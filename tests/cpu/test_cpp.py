@@ -1,0 +1,18 @@
+"""The C++ tests of the cpu backend: kernels of every level against double precision, and the thread pool."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+from cpu_library import build, isas
+
+
+@pytest.mark.parametrize("name", ["thread_pool_test", "kernels_test"])
+def test_cpp(name):
+    done = subprocess.run([build() / "tests" / name], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_every_machine_has_the_baseline():
+    assert isas()[0] == "scalar"
