@@ -161,7 +161,11 @@ class _Table:
             return self._choose(weight, self._shelves.get(skeleton, ()), numbers)
         pick, entries = direct
         entry = entries.get(pick(numbers))
-        return None if entry is None else entry.map(weight, numbers)
+        if entry is None:
+            return None
+        if entry.template is not None:
+            return weight.rename(entry.template.format(*map(int, numbers)))
+        return entry.map(weight, numbers)
 
     def _choose(self, weight: Weight, shelves: _Shelves, numbers: Sequence[str]) -> Mapped:
         """Map `weight` by the most literal entry that fits, of those of its skeleton."""
