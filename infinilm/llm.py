@@ -42,8 +42,9 @@ class LLM:
     checkpoint's own, or a name such as "bfloat16". `quantization` has the backend quantize weights as they are loaded,
     to a format that it knows by name, such as "int8"; `None`: they stay as they are. `tokenizer` is another folder, or
     Hub id, to take the tokenizer and chat template from. `trust_remote_code` keeps the key of the config that names
-    code, `auto_map`, for a plugin to run it. `max_model_len` and `max_num_batched_tokens` are in tokens, `kv_cache_memory` in bytes. `enable_prefix_caching`
-    lets prompts that begin alike be computed once, where the backend can share its cache.
+    code, `auto_map`, for a plugin to run it. `max_model_len` and `max_num_batched_tokens` are in tokens,
+    `kv_cache_memory` in bytes. `enable_prefix_caching` lets prompts that begin alike be computed once, where the
+    backend can share its cache.
     `generation_config="auto"` takes default sampling parameters from the checkpoint, "vllm" keeps the engine's own.
     `seed` makes requests without a seed repeatable.
 
