@@ -1,6 +1,6 @@
 """The cpu backend against its peers, in alternation: llama.cpp, torch, and the memory bandwidth of the same moment.
 
-    python benchmarks/cpu.py [--llama PYTHON] [--torch] [--models NAME ...] [--weights KIND ...] [--rounds N] [--json PATH]
+    python benchmarks/cpu.py [--llama PYTHON] [--torch] [--models NAME ...] [--weights KIND ...] [--rounds N] ...
 
 `--llama` is a Python that has `llama-cpp-python`, built from its sdist on this machine, and `gguf`: a benchmark-only
 extra that needs no place in infinilm's own environment. Every engine is a process of its own with as many threads as it
