@@ -1,6 +1,6 @@
 """The cpu backend against its peers, in alternation: llama.cpp, torch, and the memory bandwidth of the same moment.
 
-    python benchmarks/cpu.py [--llama PYTHON] [--models NAME ...] [--weights KIND ...] [--rounds N] [--json PATH]
+    python benchmarks/cpu.py [--llama PYTHON] [--torch] [--models NAME ...] [--weights KIND ...] [--rounds N] ...
 
 `--llama` is a Python that has `llama-cpp-python`, built from its sdist on this machine, and `gguf`: a benchmark-only
 extra that needs no place in infinilm's own environment. Every engine is a process of its own with as many threads as it
@@ -208,13 +208,14 @@ def _backend(name: str, config: Any, weights: str, library: str | None) -> Any:
 class LlamaCpp:
     """llama.cpp through its C functions: the same batches, without sampling."""
 
-    def __init__(self, shape: dict[str, Any], weights: str, folder: Path) -> None:
+    def __init__(self, shape: dict[str, Any], weights: str, folder: Path, *, is_plain: bool) -> None:
         import llama_cpp
 
         self._lib = llama_cpp
         path = _gguf(shape, weights, folder)
         options = llama_cpp.llama_model_default_params()
         options.use_mmap = False
+        options.use_extra_bufts = not is_plain
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
         context = llama_cpp.llama_context_default_params()
         context.n_ctx = max(DEEP + 64, REQUESTS * (REQUEST_PROMPT + REQUEST_TOKENS))
@@ -340,7 +341,7 @@ def work(arguments: argparse.Namespace) -> None:
     shape = SHAPES[arguments.models[0]]
     engine: Any
     if arguments.worker == "llama":
-        engine = LlamaCpp(shape, arguments.weights[0], Path(arguments.folder))
+        engine = LlamaCpp(shape, arguments.weights[0], Path(arguments.folder), is_plain=arguments.llama_plain)
     else:
         engine = Infinilm(arguments.worker, shape, arguments.weights[0], arguments.library)
     print("ready", flush=True)
@@ -357,6 +358,8 @@ def worker(engine: str, model: str, weights: str, arguments: argparse.Namespace,
     command = [python, __file__, "--worker", engine, "--models", model, "--weights", weights, "--folder", str(folder)]
     if arguments.library:
         command += ["--library", arguments.library]
+    if arguments.llama_plain:
+        command.append("--llama-plain")
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     process = subprocess.Popen(
         command,
@@ -396,7 +399,11 @@ def bandwidth(arguments: argparse.Namespace) -> float:
 
 
 def compare(model: str, weights: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    engines = ["cpu", *(["llama"] if arguments.llama else []), *(["torch"] if weights == "bf16" else [])]
+    engines = [
+        "cpu",
+        *(["llama"] if arguments.llama else []),
+        *(["torch"] if weights == "bf16" and arguments.torch else []),
+    ]
     results: dict[str, dict[str, list[float]]] = {task: {engine: [] for engine in engines} for task in arguments.tasks}
     reads = []
     with contextlib.ExitStack() as stack:
@@ -407,6 +414,11 @@ def compare(model: str, weights: str, arguments: argparse.Namespace, folder: Pat
                     if engine == "torch" and task in ("deep", "batch"):
                         continue
                     results[task][engine].append(ask(task))
+                    print(
+                        f"{model} {weights} {task} {engine} {results[task][engine][-1]:.1f}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 if task in ("decode", "deep"):
                     reads.append(bandwidth(arguments))
     return {"model": model, "weights": weights, "tokens_per_second": results, "read_gb_per_second": reads}
@@ -449,6 +461,8 @@ def parameter_bytes(model: str, weights: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama", help="a Python with llama-cpp-python and gguf; without it llama.cpp is left out")
+    parser.add_argument("--llama-plain", action="store_true", help="without its repacked weights and AMX")
+    parser.add_argument("--torch", action="store_true", help="measure infinilm's torch backend as well, in bf16")
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=["qwen2-0.5b", "llama-1.1b"])
     parser.add_argument("--weights", nargs="+", choices=LLAMA_WEIGHTS, default=list(LLAMA_WEIGHTS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))

@@ -23,7 +23,9 @@ struct infinilm_backend {
   const infinilm::cpu::Kernels& kernels;
   infinilm::cpu::ThreadPool pool;
   // What its models hold, for `memory`, which may be asked while one runs.
-  std::atomic<int64_t> parameter_bytes{0}, buffer_bytes{0}, cache_bytes{0}, scratch_bytes{0};
+  std::atomic<int64_t> parameter_bytes{0}, cache_bytes{0}, scratch_bytes{0};
+  // Of open parameters; a buffer may be freed after its model, and after this.
+  std::shared_ptr<std::atomic<int64_t>> buffer_bytes = std::make_shared<std::atomic<int64_t>>(0);
 };
 
 struct infinilm_model {
@@ -144,12 +146,12 @@ int32_t open_parameter(infinilm_model* model, int64_t index, DLManagedTensorVers
     if (!model->open[index].expired()) throw Invalid(wanted.name + " is open already");
     int64_t num_bytes = model->model.is_bf16() ? 2 : 4;
     for (int64_t size : wanted.shape) num_bytes *= size;
-    infinilm_backend* backend = model->backend;
-    std::shared_ptr<Buffer> memory(new Buffer(num_bytes), [backend, num_bytes](Buffer* freed) {
-      backend->buffer_bytes -= num_bytes;
+    const std::shared_ptr<std::atomic<int64_t>> total = model->backend->buffer_bytes;
+    const std::shared_ptr<Buffer> memory(new Buffer(num_bytes), [total, num_bytes](Buffer* freed) {
+      *total -= num_bytes;
       delete freed;
     });
-    backend->buffer_bytes += num_bytes;
+    *total += num_bytes;
     *buffer = lend(memory->data(), dtype_of(model->model.is_bf16() ? "bfloat16" : "float32"), wanted.shape, memory);
     model->open[index] = memory;
   });
@@ -220,7 +222,7 @@ int32_t memory(infinilm_backend* backend, infinilm_memory* out, infinilm_error* 
     value.device_free = available_memory();
     value.device_total = total_memory();
     value.parameters = backend->parameter_bytes;
-    value.buffers = backend->buffer_bytes;
+    value.buffers = *backend->buffer_bytes;
     value.caches = backend->cache_bytes;
     value.scratch = backend->scratch_bytes;
     give(out, value);

@@ -70,6 +70,15 @@ def test_buffers_are_freed_once_they_are_packed():
     assert backend.memory()["buffers"] == 0
 
 
+def test_a_buffer_outlives_the_backend():
+    backend = CpuBackend(decoder_config())
+    buffer = backend.destination("model.embed_tokens.weight")
+    lent = backend._open.pop("model.embed_tokens.weight")
+    backend.close()
+    buffer.fill_(1)
+    lent.contents.deleter(ctypes.cast(lent, ctypes.c_void_p))
+
+
 def test_an_update_takes_effect_on_the_cache_there_is():
     backend, fresh = loaded(), CpuBackend(decoder_config())
     load(backend, seed=1)
