@@ -135,8 +135,8 @@ class SamplingParams:
         _check_number("min_p", self.min_p, 0, 1, "a number from 0 (off) to 1")
         for name in ("presence_penalty", "frequency_penalty"):
             _check_number(name, getattr(self, name), -2, 2, "a number from -2 to 2, 0 (off)")
-        _check_number("repetition_penalty", self.repetition_penalty, 0, math.inf, "a finite number above 0, 1 (off)")
-        _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "a number above 0, 1 (off)")
+        # Beyond this float32, in which logits are, has no number for what comes out.
+        _check_number("repetition_penalty", self.repetition_penalty, 1e-30, 1e30, "1e-30 to 1e30, 1 (off)")
         _check_integer("n", self.n, 1, "1 or above")
         _check_integer("top_k", self.top_k, -1, "0 or -1 (off), or a number of tokens")
         _check_integer("min_tokens", self.min_tokens, 0, "0 (off) or above")

@@ -24,6 +24,8 @@ TokenLogprob = tuple[int, float, int]
 """Token id, natural log-probability, rank."""
 
 _BUCKET_SIZE = 256
+_NUM_PARTS = 16
+_MANY_LOGITS = 1 << 20
 _FIRST_NUM_CANDIDATES = 64
 _MAX_LOGPROB_ROWS = 256
 # Logarithm of a weight that is never drawn, next to a largest weight of 1, with noise of no less than _LEAST_NOISE.
@@ -139,10 +141,20 @@ def _count(flags: Tensor) -> list[int]:
 
 
 def _likeliest(logits: Tensor) -> list[int]:
-    if logits.device.type == "cpu":  # NumPy's is ten times faster there, and takes the first of equals too
-        likeliest: list[int] = logits.numpy().argmax(-1).tolist()
+    """Return the id of the largest logit of each row, the first of equals."""
+    if logits.device.type != "cpu":
+        return logits.argmax(-1).tolist()
+    likeliest: list[int]
+    num_rows, vocab_size = logits.shape
+    if logits.numel() < _MANY_LOGITS or vocab_size % _NUM_PARTS:
+        likeliest = logits.numpy().argmax(-1).tolist()  # ten times as fast as torch's
         return likeliest
-    return logits.argmax(-1).tolist()
+    # The time goes into reading the logits, once: torch does that with all its threads.
+    parts = logits.reshape(num_rows, _NUM_PARTS, -1)
+    best = parts.amax(-1).numpy().argmax(-1)  # (num_rows,): which part
+    inside = parts.numpy()[np.arange(num_rows), best].argmax(-1)  # (num_rows,)
+    likeliest = (best * parts.shape[-1] + inside).tolist()
+    return likeliest
 
 
 def _exponential_noise(generators: Sequence[np.random.Generator | None], num_buckets: int) -> Tensor:

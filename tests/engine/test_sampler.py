@@ -215,3 +215,16 @@ def test_logprobs_of_many_rows_are_those_of_each():
     together = score(logits, tokens, num_top)
     assert together == [score(logits[row][None], [tokens[row]], [num_top[row]])[0] for row in range(600)]
     assert score(logits[:0], [], []) == []
+
+
+@pytest.mark.parametrize("vocab_size", [1 << 18, (1 << 18) + 1])
+def test_greedy_takes_the_first_of_equals_among_many_logits(vocab_size: int) -> None:
+    logits = torch.randn(5, vocab_size, generator=torch.Generator().manual_seed(0))
+    expected = [0, vocab_size - 1, 70_000, 16_384, 16_383]
+    for row, token_id in enumerate(expected):
+        logits[row, token_id] = logits[row, -1] = 9.0
+    greedy = [SamplingParams(temperature=0)] * 5
+    assert sample(logits, greedy, [None] * 5) == expected
+    logits[2, 90_000] = float("inf")
+    logits[3, 5] = float("nan")
+    assert sample(logits, greedy, [None] * 5)[2:4] == [90_000, 5]
