@@ -83,7 +83,7 @@ def _walk(
     report: dict[str, Any], model: str, plugins: Iterable[object], options: ModelOptions, stack: ExitStack
 ) -> LoadPlan:
     pm = create_plugin_manager(plugins=plugins)
-    platform = pipeline.select_platform(pm)
+    platform = pipeline.select_platform(pm, options.platform)
     report["platform"] = {"name": platform.value.name, "plugin": platform.plugin}
     opened = pipeline.open_checkpoint(pm, model, options.revision)
     checkpoint = stack.enter_context(closing(opened.value))
@@ -103,14 +103,14 @@ def _walk(
         lineage,
         checkpoint,
         platform.value,
-        device="auto",
+        device=options.device,
         dtype=options.dtype,
         max_model_len=options.max_model_len,
         max_num_seqs=1,
         quantization=options.quantization,
         trust_remote_code=options.trust_remote_code,
     )
-    choice = pipeline.choose_backend(pm, request)
+    choice = pipeline.choose_backend(pm, request, options.backend)
     declined = [{"name": decline.name, "reason": decline.reason} for decline in choice.declined]
     report["backend"] = {
         "name": choice.backend.name,

@@ -19,6 +19,9 @@ class ModelOptions:
     revision: str | None = None
     tokenizer: str | None = None
     trust_remote_code: bool = False
+    backend: str = "auto"
+    platform: str = "auto"
+    device: str = "auto"
     dtype: str = "auto"
     quantization: str | None = None
     max_model_len: int | None = None
@@ -30,6 +33,9 @@ class ModelOptions:
             revision=arguments.revision,
             tokenizer=arguments.tokenizer,
             trust_remote_code=arguments.trust_remote_code,
+            backend=arguments.backend,
+            platform=arguments.platform,
+            device=arguments.device,
             dtype=arguments.dtype,
             quantization=arguments.quantization,
             max_model_len=arguments.max_model_len,
@@ -40,8 +46,6 @@ class ModelOptions:
 class EngineOptions:
     """How requests are served; see `infinilm.LLM`."""
 
-    backend: str = "auto"
-    device: str = "auto"
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     kv_cache_memory: int | None = None
@@ -53,8 +57,6 @@ class EngineOptions:
     def of(cls, arguments: Any) -> EngineOptions:
         """Return what was given on the command line."""
         return cls(
-            backend=arguments.backend,
-            device=arguments.device,
             max_num_seqs=arguments.max_num_seqs,
             max_num_batched_tokens=arguments.max_num_batched_tokens,
             kv_cache_memory=arguments.kv_cache_memory,
@@ -70,6 +72,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="REV", help="of a Hub id: a branch, a tag or a commit")
     parser.add_argument("--tokenizer", metavar="PATH", help="take tokenizer and chat template from another folder")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the config name code to run (auto_map)")
+    parser.add_argument("--backend", default="auto", metavar="NAME", help="the plugin that runs the model")
+    parser.add_argument("--platform", default="auto", metavar="NAME", help="the plugin for the kind of device")
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help="cpu, cuda:1, ...")
     parser.add_argument("--dtype", default="auto", metavar="DTYPE", help="compute in bfloat16, float32, ...")
     parser.add_argument(
         "--quantization", metavar="FORMAT", help="quantize weights at load: int8, int4, ... of a backend"
@@ -81,8 +86,6 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare how requests are served."""
     defaults = EngineOptions()
     engine = parser.add_argument_group("engine")
-    engine.add_argument("--backend", default=defaults.backend, metavar="NAME", help="the plugin that runs the model")
-    engine.add_argument("--device", default=defaults.device, metavar="DEVICE", help="cpu, cuda:1, ...")
     engine.add_argument(
         "--max-num-seqs",
         type=positive_integer,

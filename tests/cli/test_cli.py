@@ -488,6 +488,19 @@ def test_inspect_reports_as_far_as_it_came(tmp_path: Path, run: Run) -> None:
     assert len(report["errors"]) == 1
 
 
+def test_backend_by_name_is_the_one_that_is_asked(llama: Path, run: Run) -> None:
+    chosen = json.loads(run("inspect", llama, "--json").out)["backend"]
+    assert (chosen["name"], chosen["plugin"]) == ("torch", "torch")
+    named = json.loads(run("inspect", llama, "--json", "--backend", "transformers").out)["backend"]
+    assert (named["name"], named["plugin"]) == ("transformers", "transformers")
+    unknown = run("inspect", llama, "--backend", "tourch")
+    assert unknown.code == 2
+    assert "'tourch'" in unknown.error
+    platform = run("inspect", llama, "--platform", "cuda")
+    assert platform.code == 2
+    assert "plugin 'cuda' provides no platform on this machine" in platform.error
+
+
 def test_inspect_says_who_declined_and_why(tmp_path: Path, llama: Path, run: Run) -> None:
     code = "@hookimpl\ndef provide_backend(request):\n    return request.decline('this acme has no heads')\n"
     path = write_plugin(tmp_path, HOOKS + code)
