@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 _SIZE = re.compile(r"(\d+)([KMGT]?)")
@@ -29,17 +29,7 @@ class ModelOptions:
     @classmethod
     def of(cls, arguments: Any) -> ModelOptions:
         """Return what was given on the command line."""
-        return cls(
-            revision=arguments.revision,
-            tokenizer=arguments.tokenizer,
-            trust_remote_code=arguments.trust_remote_code,
-            backend=arguments.backend,
-            platform=arguments.platform,
-            device=arguments.device,
-            dtype=arguments.dtype,
-            quantization=arguments.quantization,
-            max_model_len=arguments.max_model_len,
-        )
+        return cls(**{field.name: getattr(arguments, field.name) for field in fields(cls)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +46,7 @@ class EngineOptions:
     @classmethod
     def of(cls, arguments: Any) -> EngineOptions:
         """Return what was given on the command line."""
-        return cls(
-            max_num_seqs=arguments.max_num_seqs,
-            max_num_batched_tokens=arguments.max_num_batched_tokens,
-            kv_cache_memory=arguments.kv_cache_memory,
-            enable_prefix_caching=arguments.enable_prefix_caching,
-            generation_config=arguments.generation_config,
-            seed=arguments.seed,
-        )
+        return cls(**{field.name: getattr(arguments, field.name) for field in fields(cls)})
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
