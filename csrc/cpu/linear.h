@@ -17,7 +17,8 @@ inline int64_t unit_blocks(const PackedMatrix& weights, int64_t num_rows, int64_
   const int64_t bytes = num_rows > 12 ? 512 << 10 : 64 << 10;
   const int64_t by_size = bytes / weights.block_bytes();
   const int64_t by_threads = weights.num_blocks() / (4 * num_threads);
-  const int64_t blocks = std::min({by_size, by_threads, kMaxUnitBlocks});
+  const int64_t least = num_rows == 1 ? 2 : 1;  // kernels read two blocks at once for a row that is alone
+  const int64_t blocks = std::max(std::min({by_size, by_threads, kMaxUnitBlocks}), least);
   return std::max(blocks / multiple, int64_t{1}) * multiple;
 }
 

@@ -80,8 +80,9 @@ class ThreadPool {
 
   // Inside of run(): call work(index) once for each index below count, shared out over the threads, and return when all
   // calls have returned; what they wrote is seen by all. `count` must be the same for all threads, and so must not be
-  // read from what other phases write: a thread that is late finds there what later ones wrote. A thread takes what is its own first, the same indices each
-  // time, then what others have not begun.
+  // read from what other phases write: a thread that is late finds there what later ones wrote. A thread takes what is
+  // its own first, the same indices each time, then what others have not begun; several at once while many are left,
+  // because taking waits for the reads of memory that are on their way.
   template <typename Work>
   void phase(int thread, int64_t count, const Work& work) {
     const int64_t index = cursors_[thread].value++;
@@ -91,12 +92,8 @@ class ThreadPool {
     for (int ahead = 0; ahead < num_threads_; ++ahead) {
       const int owner = (thread + ahead) % num_threads_;
       const int64_t begin = count * owner / num_threads_, end = count * (owner + 1) / num_threads_;
-      if (taken[owner].value.load(std::memory_order_relaxed) >= end - begin) continue;
-      for (;;) {
-        const int64_t next = begin + taken[owner].value.fetch_add(1, std::memory_order_relaxed);
-        if (next >= end) break;
-        work(next);
-        ++num_mine;
+      for (Range range; (range = take(taken[owner].value, end - begin)).size > 0; num_mine += range.size) {
+        for (int64_t i = 0; i < range.size; ++i) work(begin + range.first + i);
       }
     }
     if (num_mine > 0 && num_done.fetch_add(num_mine) + num_mine == count) phases_.wake();
@@ -110,6 +107,19 @@ class ThreadPool {
   struct alignas(64) Cursor {
     int64_t value = 0;
   };
+
+  struct Range {
+    int64_t first, size;
+  };
+
+  static Range take(std::atomic<int64_t>& taken, int64_t count) {
+    int64_t first = taken.load(std::memory_order_relaxed);
+    while (first < count) {
+      const int64_t size = (count - first + 3) / 4;
+      if (taken.compare_exchange_weak(first, first + size, std::memory_order_relaxed)) return {first, size};
+    }
+    return {first, 0};
+  }
 
   void work(int thread);
   bool enter();

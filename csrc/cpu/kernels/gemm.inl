@@ -125,6 +125,7 @@ INFINILM_INLINE void accumulate(Sums<R, B>& sums, const std::byte* x, int64_t x_
     for (; step + kCopies <= num_steps; step += kCopies) {
 #pragma GCC unroll 4
       for (int c = 0; c < kCopies; ++c) {
+        // Several runs of memory, read for few sums, the processor follows better when it is left alone.
         if (B == 1) __builtin_prefetch(w + (step + c) * 64 + kPrefetchAhead);
         Format::template step<R, B>(copies[c], x + (step + c) * Format::kStepBytes, x_stride, w + (step + c) * 64,
                                     w_stride);
@@ -275,18 +276,21 @@ constexpr std::array<TileFunction, sizeof...(R)> int_tiles(std::integer_sequence
 
 // Rows are cut into tiles of equal height. All blocks meet one tile of rows before the next: its rows stay in the
 // first cache, and the blocks, which the caller takes few of, in the second.
-template <size_t N, size_t M>
+//
+// With kAloneIsWide a single row meets kWideBlocks at once as well: memory is read in as many runs.
+template <bool kAloneIsWide, size_t N, size_t M>
 INFINILM_INLINE void tiled(const std::array<TileFunction, N>& single, const std::array<TileFunction, M>& wide,
                            const Rows& rows, int64_t num_rows, const Panel& weights, int64_t num_blocks, bool is_first,
                            float* out, int64_t out_stride) {
-  const int64_t most = num_blocks >= kWideBlocks && num_rows > 4 ? M : N;
+  const auto is_widened = [](int64_t rows) { return rows > 4 || (kAloneIsWide && rows == 1); };
+  const int64_t most = num_blocks >= kWideBlocks && is_widened(num_rows) ? M : N;
   const int64_t num_tiles = (num_rows + most - 1) / most;
   for (int64_t tile = 0; tile < num_tiles; ++tile) {
     const int64_t first = num_rows * tile / num_tiles, height = num_rows * (tile + 1) / num_tiles - first;
     const Rows some = rows.from(first);
     for (int64_t block = 0; block < num_blocks;) {
       const Panel here{weights.data + block * weights.stride, weights.stride, weights.depth, weights.group};
-      const bool is_wide = num_blocks - block >= kWideBlocks && height > 4 && height <= static_cast<int64_t>(M);
+      const bool is_wide = num_blocks - block >= kWideBlocks && is_widened(height) && height <= static_cast<int64_t>(M);
       (is_wide ? wide[height - 1] : single[height - 1])(some, here, is_first, out + first * out_stride + block * kBlock,
                                                         out_stride);
       block += is_wide ? kWideBlocks : 1;
@@ -306,7 +310,7 @@ void float_gemm(const Rows& rows, int64_t num_rows, const Panel& weights, int64_
     some.data += step * Format::kStepBytes;
     const int64_t depth = std::min(at_once, num_steps - step) * Format::kStepDepth;
     const Panel part{weights.data + step * 64, weights.stride, depth, 0};
-    tiled(kSingle, kWide, some, num_rows, part, num_blocks, step == 0, out, out_stride);
+    tiled<true>(kSingle, kWide, some, num_rows, part, num_blocks, step == 0, out, out_stride);
   }
 }
 
@@ -315,5 +319,5 @@ void int_gemm(const Rows& rows, int64_t num_rows, const Panel& weights, int64_t 
               int64_t out_stride) {
   static constexpr auto kSingle = int_tiles<Format, 1>(std::make_integer_sequence<int, kIntRows>());
   static constexpr auto kWide = int_tiles<Format, kWideBlocks>(std::make_integer_sequence<int, kWideIntRows>());
-  tiled(kSingle, kWide, rows, num_rows, weights, num_blocks, true, out, out_stride);
+  tiled<false>(kSingle, kWide, rows, num_rows, weights, num_blocks, true, out, out_stride);
 }

@@ -2,7 +2,7 @@
 // shared is never faster than it is. Arguments: a level of Isa, and how many MiB of weights.
 //
 // `kernel_benchmark read THREADS MIB` prints instead how many GB/s so many threads read from memory, each its own part,
-// by the clock: the best of several rounds.
+// by the clock: the median of several rounds.
 #include <time.h>
 
 #include <algorithm>
@@ -59,8 +59,8 @@ int64_t read_all(const std::byte* data, int64_t num_bytes) {
 int read_bandwidth(int num_threads, int64_t num_bytes) {
   Buffer memory(num_bytes);
   std::memset(memory.data(), 1, num_bytes);
-  double best = 1e30;
-  for (int round = 0; round < 12; ++round) {
+  std::vector<double> seconds;
+  for (int round = 0; round < 15; ++round) {
     const auto start = std::chrono::steady_clock::now();
     std::vector<std::thread> threads;
     std::vector<int64_t> sums(num_threads);
@@ -71,9 +71,10 @@ int read_bandwidth(int num_threads, int64_t num_bytes) {
       });
     }
     for (std::thread& thread : threads) thread.join();
-    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   }
-  std::printf("%.2f\n", num_bytes / best / 1e9);
+  std::sort(seconds.begin(), seconds.end());
+  std::printf("%.2f\n", num_bytes / seconds[seconds.size() / 2] / 1e9);
   return 0;
 }
 
