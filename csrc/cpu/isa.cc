@@ -1,5 +1,10 @@
 #include "isa.h"
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 
@@ -7,7 +12,20 @@ namespace infinilm::cpu {
 
 namespace {
 
-constexpr Isa kAll[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vnni, Isa::kAvx512Bf16};
+constexpr Isa kAll[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vnni, Isa::kAvx512Bf16,
+                        Isa::kAvx512Amx};
+
+#if defined(__x86_64__)
+// Linux keeps the tiles of a process only once it has asked, because they make the state of a thread 8 KiB larger.
+bool may_use_tiles() {
+#if defined(SYS_arch_prctl)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 bool is_available(Isa isa) {
 #if defined(__x86_64__)
@@ -22,6 +40,9 @@ bool is_available(Isa isa) {
     case Isa::kAvx512: return avx512;
     case Isa::kAvx512Vnni: return vnni;
     case Isa::kAvx512Bf16: return vnni && __builtin_cpu_supports("avx512bf16");
+    case Isa::kAvx512Amx:
+      return vnni && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
+             __builtin_cpu_supports("amx-bf16") && may_use_tiles();
   }
   return false;
 #else
@@ -48,6 +69,7 @@ const char* isa_name(Isa isa) {
     case Isa::kAvx512: return "avx512";
     case Isa::kAvx512Vnni: return "avx512_vnni";
     case Isa::kAvx512Bf16: return "avx512_bf16";
+    case Isa::kAvx512Amx: return "avx512_amx";
   }
   return "unknown";
 }

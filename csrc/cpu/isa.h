@@ -7,7 +7,7 @@
 namespace infinilm::cpu {
 
 // Each level includes those before it. Scalar is whatever the compiler's baseline has.
-enum class Isa { kScalar, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16 };
+enum class Isa { kScalar, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16, kAvx512Amx };
 
 const char* isa_name(Isa isa);
 

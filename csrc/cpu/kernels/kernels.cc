@@ -14,6 +14,7 @@ const Kernels& kernels_for(Isa isa) {
     case Isa::kAvx512: return avx512::table();
     case Isa::kAvx512Vnni: return avx512_vnni::table();
     case Isa::kAvx512Bf16: return avx512_bf16::table();
+    case Isa::kAvx512Amx: return avx512_amx::table();
 #endif
     default: throw std::logic_error(std::string("this build has no kernels for ") + isa_name(isa));
   }

@@ -20,5 +20,8 @@ const Kernels& table();
 namespace avx512_bf16 {
 const Kernels& table();
 }
+namespace avx512_amx {
+const Kernels& table();
+}
 
 }  // namespace infinilm::cpu
