@@ -31,11 +31,10 @@ struct infinilm_backend {
 struct infinilm_model {
   infinilm_model(infinilm_backend* the_backend, const infinilm::cpu::Request& request)
       : backend(the_backend), model(request.config, request.options, the_backend->kernels, the_backend->pool) {
-    backend->parameter_bytes += model.num_bytes();
     open.resize(model.parameters().size());
   }
   ~infinilm_model() {
-    backend->parameter_bytes -= model.num_bytes();
+    backend->parameter_bytes -= parameter_bytes;
     backend->scratch_bytes -= scratch_bytes;
   }
 
@@ -43,7 +42,8 @@ struct infinilm_model {
   infinilm::cpu::Model model;
   std::vector<std::weak_ptr<infinilm::cpu::Buffer>> open;  // by parameter
   std::atomic<bool> is_cancelled{false};
-  int64_t scratch_bytes = 0;
+  bool is_loaded = false;  // loading_done was called, and found that nothing is missing
+  int64_t parameter_bytes = 0, scratch_bytes = 0;  // its parts of the backend's
 };
 
 struct infinilm_cache {
@@ -165,11 +165,17 @@ int32_t close_parameter(infinilm_model* model, int64_t index, infinilm_error* er
     model->open[index].reset();
     closed.store(SourceMatrix{memory->data(), model->model.is_bf16()});
     closed.is_loaded = true;
+    const int64_t held = model->model.num_bytes();
+    model->backend->parameter_bytes += held - model->parameter_bytes;
+    model->parameter_bytes = held;
   });
 }
 
 int32_t loading_done(infinilm_model* model, infinilm_error* error) {
-  return guard(error, [&] { model->model.require_all_loaded(); });
+  return guard(error, [&] {
+    model->model.require_all_loaded();
+    model->is_loaded = true;
+  });
 }
 
 int32_t cache_spec(infinilm_model* model, infinilm_cache_spec* spec, infinilm_error* error) {
@@ -204,6 +210,7 @@ int32_t forward(infinilm_model* model, infinilm_cache* cache, const infinilm_bat
     const infinilm_host* host = model->backend->host;
     const bool has_abort = INFINILM_COVERS(host, infinilm_host, is_aborted) && host->is_aborted != nullptr;
     float* out = reinterpret_cast<float*>(static_cast<std::byte*>(logits->data) + logits->byte_offset);
+    if (!model->is_loaded) throw Invalid("this model cannot run before loading_done");
     model->is_cancelled = false;
     model->model.forward(*batch, cache->cache, out, [&] {
       return model->is_cancelled.load(std::memory_order_relaxed) || (has_abort && host->is_aborted(host->context));

@@ -10,6 +10,8 @@ namespace {
 
 constexpr int64_t kMaxGroup = 128;
 
+}  // namespace
+
 void widen(const SourceMatrix& source, int64_t offset, int64_t size, float* out) {
   if (!source.is_bf16) {
     std::memcpy(out, source.data + offset * 4, size * 4);
@@ -21,8 +23,6 @@ void widen(const SourceMatrix& source, int64_t offset, int64_t size, float* out)
     out[i] = bf16_to_float(bits);
   }
 }
-
-}  // namespace
 
 float bf16_to_float(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
@@ -55,11 +55,14 @@ uint16_t float_to_half(float x) {
 }
 
 PackedMatrix::PackedMatrix(const Kernels& kernels, Packing packing, int64_t num_blocks, int64_t in_features, Arena& arena)
-    : kernels_(&kernels), packing_(packing), num_blocks_(num_blocks), in_features_(in_features) {
+    : kernels_(&kernels), arena_(&arena), packing_(packing), num_blocks_(num_blocks), in_features_(in_features) {
   const int64_t multiple = depth_multiple(packing.format, packing.group);
   depth_ = (in_features + multiple - 1) / multiple * multiple;
   block_bytes_ = cpu::block_bytes(packing.format, depth_, packing.group);
-  memory_ = arena.take(num_blocks * block_bytes_);
+}
+
+void PackedMatrix::take_memory() {
+  if (memory_ == nullptr) memory_ = arena_->take(num_blocks_ * block_bytes_);
 }
 
 void PackedMatrix::pack_block(const SourceMatrix& source, int64_t num_rows, int64_t index, int64_t block,

@@ -363,6 +363,7 @@ def test_int8_weights_take_half_the_memory_of_bfloat16():
             config(mlp=MlpConfig(1024), mixer={"num_heads": 8, "num_kv_heads": 8, "head_dim": 64}), hidden_size=512
         )
         backend = CpuBackend(wide, dtype="bfloat16", quantization=quantization)
+        load(backend)
         sizes[quantization] = backend.memory()["parameters"]
     assert sizes["int8"] / sizes[None] == pytest.approx(8.5 / 16, abs=0.02)
     assert sizes["int4"] / sizes[None] == pytest.approx(4.5 / 16, abs=0.02)

@@ -63,6 +63,7 @@ PackedMatrix packed(const Kernels& kernels, const Case& kind, const std::vector<
                                     : reinterpret_cast<const std::byte*>(weights.data()),
                             is_bf16};
   std::vector<float> scratch(k);
+  matrix.take_memory();
   for (int64_t block = 0; block < matrix.num_blocks(); ++block) {
     matrix.pack_block(source, n, block, block, scratch.data());
   }
