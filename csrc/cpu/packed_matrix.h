@@ -49,17 +49,13 @@ class PackedMatrix {
   }
 
   // Pack rows [16 * index, 16 * index + 16) of a source of `num_rows` into `block`; features that are not there are
-  // zero. `scratch` has room for in_features floats. May be called from several threads for different blocks.
-  void pack_block(const SourceMatrix& source, int64_t num_rows, int64_t index, int64_t block, float* scratch);
+  // zero. May be called from several threads for different blocks.
+  void pack_block(const SourceMatrix& source, int64_t num_rows, int64_t index, int64_t block);
 
   // The weights of one output feature, (in_features,).
   void unpack_row(int64_t feature, float* out) const;
 
  private:
-  void pack_floats(const SourceMatrix& source, int64_t first_row, int64_t num_rows, std::byte* out) const;
-  void pack_integers(const SourceMatrix& source, int64_t first_row, int64_t num_rows, std::byte* out,
-                     float* scratch) const;
-
   const Kernels* kernels_ = nullptr;
   Arena* arena_ = nullptr;
   Packing packing_;

@@ -37,7 +37,6 @@ Parameter& ParameterList::add_matrix(std::string name, int64_t num_rows, PackedM
     matrix->take_memory();
     const int64_t blocks_per_part = (part + kBlock - 1) / kBlock;
     const int64_t num_blocks = num_rows / part * blocks_per_part;
-    std::vector<std::vector<float>> scratch(pool->num_threads(), std::vector<float>(in_features));
     const int64_t element = source.is_bf16 ? 2 : 4;
     std::vector<int64_t> wanted(matrix->num_blocks(), -1);  // by the thread that a product gives them to
     for (int64_t block = 0; block < num_blocks; ++block) wanted[place(block)] = block;
@@ -47,7 +46,7 @@ Parameter& ParameterList::add_matrix(std::string name, int64_t num_rows, PackedM
         if (block < 0) return;
         const int64_t first_row = block / blocks_per_part * part;
         const SourceMatrix rows{source.data + first_row * in_features * element, source.is_bf16};
-        matrix->pack_block(rows, part, block % blocks_per_part, target, scratch[thread].data());
+        matrix->pack_block(rows, part, block % blocks_per_part, target);
       });
     });
   });
