@@ -4,13 +4,16 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "check.h"
 #include "errors.h"
 #include "packed_matrix.h"
+#include "staging.h"
 
 using namespace infinilm::cpu;
 
@@ -105,9 +108,38 @@ void test_a_matrix_takes_memory_when_it_is_told() {
   CHECK(arena.num_bytes() == 4096 * 4096 * 16 * 2, std::to_string(arena.num_bytes()));
 }
 
+void test_staging() {
+  const auto held = std::make_shared<std::atomic<int64_t>>(0);
+  auto staging = std::make_shared<Staging>(held);
+  std::shared_ptr<Buffer> first = staging->take(4 * kMiB), second = staging->take(8 * kMiB);
+  CHECK(*held == 12 * kMiB, std::to_string(*held));
+  const std::byte* memory = first->data();
+  first.reset();
+  second.reset();
+  CHECK(*held == 12 * kMiB, "both wait");
+  first = staging->take(3 * kMiB);
+  CHECK(first->data() == memory, "the smaller one is enough");
+  second = staging->take(kMiB);
+  CHECK(*held == 13 * kMiB, "the other is too large for that");
+  staging->end();
+  CHECK(*held == 5 * kMiB, "what waited is freed");
+  second.reset();
+  CHECK(*held == 4 * kMiB, "what comes back later too");
+  staging.reset();
+  first.reset();
+  CHECK(*held == 0, "a buffer may outlive all");
+  staging = std::make_shared<Staging>(held);
+  for (int i = 0; i < 40; ++i) staging->take(i * kMiB);
+  staging->take(200 * kMiB).reset();
+  CHECK(*held <= 128 * kMiB, "so much waits at most");
+  staging->end();
+  CHECK(*held == 0, std::to_string(*held));
+}
+
 }  // namespace
 
 int main() {
+  test_staging();
   test_pieces_lie_together();
   test_a_large_piece_leaves_the_chunk_to_small_ones();
   test_no_room();
