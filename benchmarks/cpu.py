@@ -83,7 +83,7 @@ def compare(model: str, weights: str, arguments: argparse.Namespace, folder: Pat
         for _ in range(arguments.rounds):
             for task in arguments.tasks:
                 for engine, ask in asks.items():
-                    if engine == "torch" and task in ("deep", "batch"):
+                    if engine == "torch" and task == "deep":
                         continue
                     results[task][engine].append(ask(task))
                     print(

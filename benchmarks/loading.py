@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 SETUP = """
-import os, resource, sys, time
+import os, sys, time
 from pathlib import Path
 folder, num_threads = Path(sys.argv[1]), len(os.sched_getaffinity(0))
 path = folder / "model.safetensors"
@@ -27,8 +27,9 @@ def rss():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 def report(seconds, before):
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(seconds, peak - before)
+    # Not ru_maxrss: a new process begins with that of the one that started it.
+    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    print(seconds, int(status["VmHWM"].split()[0]) * 1024 - before)
 """
 
 PREADV = """
@@ -86,9 +87,10 @@ checkpoint = pipeline.open_checkpoint(pm, str(folder)).value
 lineage = trace_lineage(pm, checkpoint.config)
 platform = pipeline.select_platform(pm).value
 request = pipeline.make_request(
-    lineage, checkpoint, platform, device="auto", dtype=DTYPE, max_model_len=None, max_num_seqs=1
+    lineage, checkpoint, platform, device="auto", dtype=DTYPE, max_model_len=None, max_num_seqs=1,
+    quantization=QUANTIZATION,
 )
-choice = pipeline.choose_backend(pm, request)
+choice = pipeline.choose_backend(pm, request, BACKEND)
 plan = pipeline.make_plan(pm, checkpoint, lineage, choice)
 load(plan, checkpoint, choice.backend)
 report(time.perf_counter() - started, before)
@@ -288,22 +290,28 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
 
 def measure(code: str, folder: Path, **names: Any) -> tuple[float, int]:
     """Run one measurement in a process of its own and return its two numbers: seconds, and bytes above the start."""
+    seconds, memory = words_of(code, folder, **names)[-2:]
+    return float(seconds), int(memory)
+
+
+def words_of(code: str, folder: Path, **names: Any) -> list[str]:
+    """Run code behind `SETUP` in a process of its own, with `names` set, and return the words it printed."""
     given = "\n".join(f"{name} = {value!r}" for name, value in names.items())
     command = [sys.executable, "-c", f"{SETUP}\n{given}\n{code}", str(folder)]
     environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    seconds, memory = done.stdout.split()[-2:]
-    return float(seconds), int(memory)
+    return done.stdout.split()
 
 
+PLAIN: dict[str, Any] = {"BACKEND": "torch", "QUANTIZATION": None, "DTYPE": "bfloat16", "NUM_PLUGINS": 0}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "preadv": (PREADV, {}),
     "safetensors": (SAFETENSORS, {}),
     "transformers": (TRANSFORMERS, {"DTYPE": "bfloat16"}),
-    "infinilm": (INFINILM, {"DTYPE": "bfloat16", "NUM_PLUGINS": 0}),
-    "infinilm, 20 plugins": (INFINILM, {"DTYPE": "bfloat16", "NUM_PLUGINS": 20}),
+    "infinilm": (INFINILM, PLAIN),
+    "infinilm, 20 plugins": (INFINILM, {**PLAIN, "NUM_PLUGINS": 20}),
     "transformers, to float32": (TRANSFORMERS, {"DTYPE": "float32"}),
-    "infinilm, to float32": (INFINILM, {"DTYPE": "float32", "NUM_PLUGINS": 0}),
+    "infinilm, to float32": (INFINILM, {**PLAIN, "DTYPE": "float32"}),
 }
 
 

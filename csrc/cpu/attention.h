@@ -48,7 +48,6 @@ class Attention {
            bool is_added) const;
 
   const AttentionConfig& config() const { return config_; }
-  int64_t num_bytes() const { return qkv_.num_bytes() + output_.num_bytes(); }
   void reserve(Workspace& space, int64_t num_tokens, const AttentionPlan& plan) const;
   int64_t head_blocks() const { return (config_.head_dim + kBlock - 1) / kBlock; }
 

@@ -13,6 +13,7 @@
 #include "kv_cache.h"
 #include "memory.h"
 #include "model.h"
+#include "staging.h"
 #include "support.h"
 
 struct infinilm_backend {
@@ -30,20 +31,24 @@ struct infinilm_backend {
 
 struct infinilm_model {
   infinilm_model(infinilm_backend* the_backend, const infinilm::cpu::Request& request)
-      : backend(the_backend), model(request.config, request.options, the_backend->kernels, the_backend->pool) {
-    backend->parameter_bytes += model.num_bytes();
+      : backend(the_backend),
+        model(request.config, request.options, the_backend->kernels, the_backend->pool),
+        staging(std::make_shared<infinilm::cpu::Staging>(the_backend->buffer_bytes)) {
     open.resize(model.parameters().size());
   }
   ~infinilm_model() {
-    backend->parameter_bytes -= model.num_bytes();
+    staging->end();
+    backend->parameter_bytes -= parameter_bytes;
     backend->scratch_bytes -= scratch_bytes;
   }
 
   infinilm_backend* backend;
   infinilm::cpu::Model model;
+  std::shared_ptr<infinilm::cpu::Staging> staging;
   std::vector<std::weak_ptr<infinilm::cpu::Buffer>> open;  // by parameter
   std::atomic<bool> is_cancelled{false};
-  int64_t scratch_bytes = 0;
+  bool is_loaded = false;  // loading_done was called, and found that nothing is missing
+  int64_t parameter_bytes = 0, scratch_bytes = 0;  // its parts of the backend's
 };
 
 struct infinilm_cache {
@@ -146,12 +151,7 @@ int32_t open_parameter(infinilm_model* model, int64_t index, DLManagedTensorVers
     if (!model->open[index].expired()) throw Invalid(wanted.name + " is open already");
     int64_t num_bytes = model->model.is_bf16() ? 2 : 4;
     for (int64_t size : wanted.shape) num_bytes *= size;
-    const std::shared_ptr<std::atomic<int64_t>> total = model->backend->buffer_bytes;
-    const std::shared_ptr<Buffer> memory(new Buffer(num_bytes), [total, num_bytes](Buffer* freed) {
-      *total -= num_bytes;
-      delete freed;
-    });
-    *total += num_bytes;
+    const std::shared_ptr<Buffer> memory = model->staging->take(num_bytes);
     *buffer = lend(memory->data(), dtype_of(model->model.is_bf16() ? "bfloat16" : "float32"), wanted.shape, memory);
     model->open[index] = memory;
   });
@@ -165,11 +165,18 @@ int32_t close_parameter(infinilm_model* model, int64_t index, infinilm_error* er
     model->open[index].reset();
     closed.store(SourceMatrix{memory->data(), model->model.is_bf16()});
     closed.is_loaded = true;
+    const int64_t held = model->model.num_bytes();
+    model->backend->parameter_bytes += held - model->parameter_bytes;
+    model->parameter_bytes = held;
   });
 }
 
 int32_t loading_done(infinilm_model* model, infinilm_error* error) {
-  return guard(error, [&] { model->model.require_all_loaded(); });
+  return guard(error, [&] {
+    model->model.require_all_loaded();
+    model->is_loaded = true;
+    model->staging->end();
+  });
 }
 
 int32_t cache_spec(infinilm_model* model, infinilm_cache_spec* spec, infinilm_error* error) {
@@ -204,6 +211,7 @@ int32_t forward(infinilm_model* model, infinilm_cache* cache, const infinilm_bat
     const infinilm_host* host = model->backend->host;
     const bool has_abort = INFINILM_COVERS(host, infinilm_host, is_aborted) && host->is_aborted != nullptr;
     float* out = reinterpret_cast<float*>(static_cast<std::byte*>(logits->data) + logits->byte_offset);
+    if (!model->is_loaded) throw Invalid("this model cannot run before loading_done");
     model->is_cancelled = false;
     model->model.forward(*batch, cache->cache, out, [&] {
       return model->is_cancelled.load(std::memory_order_relaxed) || (has_abort && host->is_aborted(host->context));

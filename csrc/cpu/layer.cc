@@ -19,10 +19,6 @@ Layer::Layer(const LayerConfig& config, int64_t index, int64_t hidden_size, cons
   make_norm(after_mlp_, config.after_mlp, name + ".post_feedforward_layernorm", hidden_size, parameters);
 }
 
-int64_t Layer::num_bytes() const {
-  return attention_->num_bytes() + (mlp_ ? mlp_->num_bytes() : 0) + (moe_ ? moe_->num_bytes() : 0);
-}
-
 void Layer::reserve(Workspace& space, int64_t num_tokens, const AttentionPlan& plan) const {
   attention_->reserve(space, num_tokens, plan);
   if (mlp_) mlp_->reserve(space, num_tokens);

@@ -18,7 +18,6 @@ class Layer {
         Packing float_packing, ParameterList& parameters);
 
   const AttentionConfig& mixer() const { return attention_->config(); }
-  int64_t num_bytes() const;
   void reserve(Workspace& space, int64_t num_tokens, const AttentionPlan& plan) const;
 
   // Phases of a region, at most kMaxPhases.

@@ -68,11 +68,17 @@ void Buffer::reserve(int64_t num_bytes) {
 
 std::byte* Arena::take(int64_t num_bytes) {
   const int64_t rounded = (num_bytes + 63) / 64 * 64;
-  if (chunks_.empty() || used_ + rounded > chunks_.back().size()) {
-    chunks_.emplace_back(std::max(rounded, kArenaChunk));
+  if (rounded > kArenaChunk) {
+    large_.emplace_back(rounded);
+    num_bytes_ += rounded;
+    return large_.back().data();
+  }
+  if (chunks_.empty() || used_ + rounded > kArenaChunk) {
+    chunks_.emplace_back(kArenaChunk);
     used_ = 0;
   }
   used_ += rounded;
+  num_bytes_ += rounded;
   return chunks_.back().data() + used_ - rounded;
 }
 

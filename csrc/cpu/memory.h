@@ -33,15 +33,20 @@ class Buffer {
 };
 
 // Hands out pieces of large buffers that are freed together: weights, which in buffers of their own would lie on small
-// pages at both ends.
+// pages at both ends. Holds nothing before something is taken. One call at a time.
 class Arena {
  public:
-  // Zeroed bytes that begin at a multiple of 64. Throws OutOfMemory.
+  // Zeroed bytes that begin at a multiple of 64. Throws OutOfMemory, and is then as before.
   std::byte* take(int64_t num_bytes);
 
+  // What was taken.
+  int64_t num_bytes() const { return num_bytes_; }
+
  private:
-  std::vector<Buffer> chunks_;
-  int64_t used_ = 0;  // of the last chunk
+  std::vector<Buffer> large_;   // a piece each
+  std::vector<Buffer> chunks_;  // for the others
+  int64_t used_ = 0;            // of the last chunk
+  int64_t num_bytes_ = 0;
 };
 
 // The bytes of memory this machine has available now; -1 where it does not say.

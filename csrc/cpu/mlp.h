@@ -26,7 +26,6 @@ struct MlpWeights {
 
   int64_t multiple() const { return config.is_gated ? 2 : 1; }
   int64_t padded_size() const { return gate_up.num_blocks() / multiple() * kBlock; }
-  int64_t num_bytes() const { return gate_up.num_bytes() + down.num_bytes(); }
 
   MlpConfig config;
   PackedMatrix gate_up, down;
@@ -41,7 +40,6 @@ class Mlp {
   // As Attention::run.
   void run(const Step& step, int thread, const NormIfAny& norm, bool is_added) const;
   void reserve(Workspace& space, int64_t num_tokens) const;
-  int64_t num_bytes() const { return weights_.num_bytes(); }
 
  private:
   MlpWeights weights_;

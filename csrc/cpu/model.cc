@@ -35,7 +35,6 @@ Model::Model(const DecoderConfig& config, const ModelOptions& options, const Ker
       kernels_(kernels),
       pool_(pool),
       parameters_(pool, options.is_bf16),
-      positions_(config.num_positions * config.hidden_size),
       embedding_scale_(static_cast<float>(config.embedding_scale)),
       head_(kernels, options.head_packing, blocks_of(config.vocab_size), config.hidden_size, parameters_.arena()) {
   const int64_t vocab_size = config.vocab_size, hidden_size = config.hidden_size;
@@ -45,15 +44,19 @@ Model::Model(const DecoderConfig& config, const ModelOptions& options, const Ker
   if (config.is_tied) {
     parameters_.add_matrix(embedding, vocab_size, &head_, [](int64_t block) { return block; }).shard_dim = 0;
   } else {
-    embedding_ = Buffer(vocab_size * hidden_size * (options.is_bf16 ? 2 : 4));
-    parameters_.add(embedding, {vocab_size, hidden_size}, [this](const SourceMatrix& source) {
-      std::memcpy(embedding_.data(), source.data, embedding_.size());
+    const int64_t num_bytes = vocab_size * hidden_size * (options.is_bf16 ? 2 : 4);
+    parameters_.add(embedding, {vocab_size, hidden_size}, [this, num_bytes](const SourceMatrix& source) {
+      if (embedding_ == nullptr) embedding_ = parameters_.arena().take(num_bytes);
+      std::memcpy(embedding_, source.data, num_bytes);
     }).shard_dim = 0;
   }
   if (config.num_positions) {
-    Parameter& positions = parameters_.add_vector("model.embed_positions.weight", config.num_positions * hidden_size,
-                                                  positions_.data());
-    positions.shape = {config.num_positions, hidden_size};
+    const int64_t size = config.num_positions * hidden_size;
+    parameters_.add("model.embed_positions.weight", {config.num_positions, hidden_size},
+                    [this, size](const SourceMatrix& source) {
+                      if (positions_ == nullptr) positions_ = reinterpret_cast<float*>(parameters_.arena().take(size * 4));
+                      widen(source, 0, size, positions_);
+                    });
   }
   const Packing float_packing{options.is_bf16 ? WeightFormat::kBf16 : WeightFormat::kF32, 0};
   for (const LayerConfig& layer : config.layers) {
@@ -82,12 +85,6 @@ std::vector<CacheLayout> Model::cache_layouts() const {
   std::vector<CacheLayout> layouts;
   for (const auto& layer : layers_) layouts.emplace_back(layer->mixer(), options_.is_bf16);
   return layouts;
-}
-
-int64_t Model::num_bytes() const {
-  int64_t total = embedding_.size() + static_cast<int64_t>(positions_.size()) * 4 + head_.num_bytes();
-  for (const auto& layer : layers_) total += layer->num_bytes();
-  return total;
 }
 
 void Model::require_all_loaded() const {
@@ -222,13 +219,13 @@ void Model::embed(int64_t token, int64_t position, float* out) const {
   if (config_.is_tied) {
     head_.unpack_row(token, out);
   } else if (options_.is_bf16) {
-    const uint16_t* row = embedding_.as<uint16_t>() + token * size;
+    const uint16_t* row = reinterpret_cast<const uint16_t*>(embedding_) + token * size;
     for (int64_t i = 0; i < size; ++i) out[i] = bf16_to_float(row[i]);
   } else {
-    std::memcpy(out, embedding_.as<float>() + token * size, size * 4);
+    std::memcpy(out, embedding_ + token * size * 4, size * 4);
   }
   for (int64_t i = 0; embedding_scale_ != 1 && i < size; ++i) out[i] *= embedding_scale_;
-  if (config_.num_positions) kernels_.add(out, positions_.data() + position * size, size, 1);
+  if (config_.num_positions) kernels_.add(out, positions_ + position * size, size, 1);
 }
 
 void Model::finish(const Step& step, int thread, float* logits) const {

@@ -33,7 +33,7 @@ class Model {
   const DecoderConfig& config() const { return config_; }
   bool is_bf16() const { return options_.is_bf16; }
   std::vector<CacheLayout> cache_layouts() const;
-  int64_t num_bytes() const;
+  int64_t num_bytes() const { return parameters_.arena().num_bytes(); }  // of weights that were stored
   int64_t scratch_bytes() const { return space_.num_bytes(); }
 
   // Throws Invalid naming parameters that were never stored.
@@ -57,8 +57,9 @@ class Model {
   const Kernels& kernels_;
   ThreadPool& pool_;
   ParameterList parameters_;
-  Buffer embedding_;           // (vocab_size, hidden_size) as the host has it, where it is not tied
-  std::vector<float> positions_;  // (num_positions, hidden_size)
+  // Taken when they are stored:
+  std::byte* embedding_ = nullptr;  // (vocab_size, hidden_size) as the host has it, where it is not tied
+  float* positions_ = nullptr;      // (num_positions, hidden_size)
   float embedding_scale_;
   std::vector<std::unique_ptr<Layer>> layers_;
   NormIfAny final_norm_;

@@ -46,12 +46,6 @@ Moe::Moe(const MlpConfig& config, const std::string& name, int64_t hidden_size, 
   }
 }
 
-int64_t Moe::num_bytes() const {
-  int64_t total = router_.num_bytes();
-  for (const auto& expert : experts_) total += expert->num_bytes();
-  return total;
-}
-
 void Moe::reserve(Workspace& space, int64_t num_tokens) const {
   const MlpWeights& expert = *experts_.front();
   const int64_t num_choices = num_tokens * config_.experts_per_token, hidden_size = router_.in_features();

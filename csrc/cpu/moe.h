@@ -19,7 +19,6 @@ class Moe {
   // As Attention::run.
   void run(const Step& step, int thread, const NormIfAny& norm, bool is_added) const;
   void reserve(Workspace& space, int64_t num_tokens) const;
-  int64_t num_bytes() const;
 
  private:
   void route(const Step& step) const;

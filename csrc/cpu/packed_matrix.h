@@ -20,6 +20,9 @@ struct SourceMatrix {
   bool is_bf16;
 };
 
+// Put `size` elements from the one at `offset` on into `out`.
+void widen(const SourceMatrix& source, int64_t offset, int64_t size, float* out);
+
 // How a matrix is to be kept.
 struct Packing {
   WeightFormat format = WeightFormat::kF32;
@@ -29,14 +32,16 @@ struct Packing {
 class PackedMatrix {
  public:
   PackedMatrix() = default;
-  // Takes its memory from `arena`, which must live longer.
+  // Of so many blocks, none of which has memory yet; it will be of `arena`, which must live longer.
   PackedMatrix(const Kernels& kernels, Packing packing, int64_t num_blocks, int64_t in_features, Arena& arena);
+
+  // Take memory for all blocks, where that was not done: call before the first is packed. Throws OutOfMemory.
+  void take_memory();
 
   WeightFormat format() const { return packing_.format; }
   int64_t num_blocks() const { return num_blocks_; }
   int64_t in_features() const { return in_features_; }
   int64_t depth() const { return depth_; }
-  int64_t num_bytes() const { return num_blocks_ * block_bytes_; }
   int64_t block_bytes() const { return block_bytes_; }
 
   Panel panel(int64_t first_block) const {
@@ -44,18 +49,15 @@ class PackedMatrix {
   }
 
   // Pack rows [16 * index, 16 * index + 16) of a source of `num_rows` into `block`; features that are not there are
-  // zero. `scratch` has room for in_features floats. May be called from several threads for different blocks.
-  void pack_block(const SourceMatrix& source, int64_t num_rows, int64_t index, int64_t block, float* scratch);
+  // zero. May be called from several threads for different blocks.
+  void pack_block(const SourceMatrix& source, int64_t num_rows, int64_t index, int64_t block);
 
   // The weights of one output feature, (in_features,).
   void unpack_row(int64_t feature, float* out) const;
 
  private:
-  void pack_floats(const SourceMatrix& source, int64_t first_row, int64_t num_rows, std::byte* out) const;
-  void pack_integers(const SourceMatrix& source, int64_t first_row, int64_t num_rows, std::byte* out,
-                     float* scratch) const;
-
   const Kernels* kernels_ = nullptr;
+  Arena* arena_ = nullptr;
   Packing packing_;
   int64_t num_blocks_ = 0, in_features_ = 0, depth_ = 0, block_bytes_ = 0;
   std::byte* memory_ = nullptr;

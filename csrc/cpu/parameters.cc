@@ -22,15 +22,9 @@ Parameter& ParameterList::add_vector(std::string name, int64_t size, float* out,
 Parameter& ParameterList::add_vector_in_blocks(std::string name, int64_t size, float* out, int64_t stride,
                                                float offset) {
   return add(std::move(name), {size}, [=](const SourceMatrix& source) {
-    for (int64_t i = 0; i < size; ++i) {
-      float value;
-      if (source.is_bf16) {
-        value = bf16_to_float(reinterpret_cast<const uint16_t*>(source.data)[i]);
-      } else {
-        value = reinterpret_cast<const float*>(source.data)[i];
-      }
-      out[i / kBlock * stride + i % kBlock] = value + offset;
-    }
+    std::vector<float> values(size);
+    widen(source, 0, size, values.data());
+    for (int64_t i = 0; i < size; ++i) out[i / kBlock * stride + i % kBlock] = values[i] + offset;
   });
 }
 
@@ -40,9 +34,9 @@ Parameter& ParameterList::add_matrix(std::string name, int64_t num_rows, PackedM
   const int64_t part = rows_per_part ? rows_per_part : num_rows;
   ThreadPool* pool = pool_;
   return add(std::move(name), {num_rows, in_features}, [=](const SourceMatrix& source) {
+    matrix->take_memory();
     const int64_t blocks_per_part = (part + kBlock - 1) / kBlock;
     const int64_t num_blocks = num_rows / part * blocks_per_part;
-    std::vector<std::vector<float>> scratch(pool->num_threads(), std::vector<float>(in_features));
     const int64_t element = source.is_bf16 ? 2 : 4;
     std::vector<int64_t> wanted(matrix->num_blocks(), -1);  // by the thread that a product gives them to
     for (int64_t block = 0; block < num_blocks; ++block) wanted[place(block)] = block;
@@ -52,7 +46,7 @@ Parameter& ParameterList::add_matrix(std::string name, int64_t num_rows, PackedM
         if (block < 0) return;
         const int64_t first_row = block / blocks_per_part * part;
         const SourceMatrix rows{source.data + first_row * in_features * element, source.is_bf16};
-        matrix->pack_block(rows, part, block % blocks_per_part, target, scratch[thread].data());
+        matrix->pack_block(rows, part, block % blocks_per_part, target);
       });
     });
   });

@@ -30,6 +30,7 @@ class ParameterList {
   ThreadPool& pool() const { return *pool_; }
   bool is_bf16() const { return is_bf16_; }
   Arena& arena() { return arena_; }
+  const Arena& arena() const { return arena_; }
 
   Parameter& add(std::string name, std::vector<int64_t> shape, std::function<void(const SourceMatrix&)> store);
 
@@ -41,7 +42,8 @@ class ParameterList {
 
   // A matrix (num_rows, in_features of `matrix`) whose rows are packed into the blocks place(0), place(1), ..., sixteen
   // rows each. With `rows_per_part`, such as head_dim, every so many rows begin a block of their own. `matrix` must stay
-  // where it is. Blocks are packed by the thread that will read them.
+  // where it is; it takes its memory when the first of its parameters is stored, so that matrices lie in the order in
+  // which they come. Blocks are packed by the thread that will read them.
   Parameter& add_matrix(std::string name, int64_t num_rows, PackedMatrix* matrix, std::function<int64_t(int64_t)> place,
                         int64_t rows_per_part = 0);
 

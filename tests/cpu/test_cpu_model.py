@@ -307,20 +307,25 @@ def test_what_others_left_in_a_block_is_not_seen(dtype, isa):
 # ---------------------------------------------------------------- integers
 
 
-def rounded_to_levels(
-    matrix: torch.Tensor, group: int, candidates: Sequence[float], low: int, high: int
-) -> torch.Tensor:
-    """Return a matrix as it is once its groups are integers: of scales `largest / candidate`, the best for each."""
+def in_groups(matrix: torch.Tensor, group: int) -> torch.Tensor:
+    """Return a matrix as (rows, groups, group), with zeros behind its last column."""
     rows, columns = matrix.shape
-    padded = torch.nn.functional.pad(matrix, (0, -columns % group)).view(rows, -1, group)
-    peak = padded.abs().amax(-1, keepdim=True)
-    tried = []
-    for candidate in candidates:
-        scale = (peak / candidate).half().float()
-        tried.append((padded / scale).nan_to_num(0).round().clamp(low, high) * scale)
-    errors = torch.stack([(result - padded).square().sum(-1) for result in tried])
-    best = errors.argmin(0)[None, :, :, None].expand(1, *padded.shape)
-    return torch.stack(tried).gather(0, best)[0].reshape(rows, -1)[:, :columns]
+    return torch.nn.functional.pad(matrix, (0, -columns % group)).view(rows, -1, group)
+
+
+def at_scales(groups: torch.Tensor, scales: torch.Tensor, low: int, high: int) -> torch.Tensor:
+    """Return groups as they are once they are integers of fp16 scales."""
+    scales = scales.half().float()
+    return (groups / scales).nan_to_num(0).round().clamp(low, high) * scales
+
+
+def int4_scales(groups: torch.Tensor) -> torch.Tensor:
+    """Return the best of three: the largest weight is at -8, -9 or 7.5, and levels get their least squares scale."""
+    peak = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    levels = torch.stack([(groups / (peak / place)).round().clamp(-8, 7) for place in (-8.0, -9.0, 7.5)])
+    scales = (levels * groups).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True)
+    best = (levels * scales - groups).square().sum(-1, keepdim=True).argmin(0, keepdim=True)
+    return scales.gather(0, best)[0]
 
 
 def rounded_weight(name: str, weight: torch.Tensor, quantization: str, *, tied: bool) -> torch.Tensor:
@@ -328,10 +333,12 @@ def rounded_weight(name: str, weight: torch.Tensor, quantization: str, *, tied: 
     if not is_head and (weight.ndim < 2 or "_proj." not in name):
         return weight
     if is_head or quantization == "int8":
-        return rounded_to_levels(weight, 32, [127], -127, 127)
-    group = 128 if quantization.endswith("g128") else 32
-    divisors = [7.0, 7.5, 8.0, 8.5, 9.0]
-    return rounded_to_levels(weight, group, [sign * d for d in divisors for sign in (1, -1)], -8, 7)
+        groups = in_groups(weight, 32)
+        rounded = at_scales(groups, groups.abs().amax(-1, keepdim=True) / 127, -127, 127)
+    else:
+        groups = in_groups(weight, 128 if quantization.endswith("g128") else 32)
+        rounded = at_scales(groups, int4_scales(groups), -8, 7)
+    return rounded.flatten(1)[:, : weight.shape[1]]
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4", "int4-g128"])
@@ -363,6 +370,7 @@ def test_int8_weights_take_half_the_memory_of_bfloat16():
             config(mlp=MlpConfig(1024), mixer={"num_heads": 8, "num_kv_heads": 8, "head_dim": 64}), hidden_size=512
         )
         backend = CpuBackend(wide, dtype="bfloat16", quantization=quantization)
+        load(backend)
         sizes[quantization] = backend.memory()["parameters"]
     assert sizes["int8"] / sizes[None] == pytest.approx(8.5 / 16, abs=0.02)
     assert sizes["int4"] / sizes[None] == pytest.approx(4.5 / 16, abs=0.02)

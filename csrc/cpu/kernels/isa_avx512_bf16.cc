@@ -42,6 +42,7 @@ INFINILM_INLINE VF load_half(const std::byte* p) {
 #include "kernels/gemm.inl"
 #include "kernels/elementwise.inl"
 #include "kernels/attention.inl"
+#include "kernels/packing.inl"
 
 }  // namespace
 

@@ -14,6 +14,7 @@ namespace infinilm::cpu {
 
 constexpr int64_t kBlock = 16;          // output features of a packed block; tokens of a cache block
 constexpr int64_t kGroup = 32;          // activations that share a scale where they are int8
+constexpr int64_t kMaxGroup = 128;      // weights that share a scale, at most
 constexpr int64_t kAttentionChunk = 8;  // cache blocks whose scores are held at once
 
 // How weights are kept.
@@ -43,6 +44,15 @@ struct Panel {
   int64_t stride = 0;
   int64_t depth = 0;  // input features, padded as the format wants it
   int64_t group = 0;  // input features that share a scale; integers only
+};
+
+// At most 16 rows of a weight as the host has them, one output feature each.
+struct SourceRows {
+  const std::byte* data = nullptr;
+  int64_t num_rows = 0, num_features = 0;
+  bool is_bf16 = false;  // else f32
+
+  int64_t row_bytes() const { return num_features * (is_bf16 ? 2 : 4); }
 };
 
 // out[r][16 * b + n] = sum over k of rows[r][k] * weights[b][n][k], for r < num_rows and b < num_blocks.
@@ -100,10 +110,11 @@ struct Kernels {
   // x += y * factor
   void (*add)(float* x, const float* y, int64_t size, float factor);
 
-  // Quantize one row of a group's weights, (size,), a multiple of 4: int8 gives w + 128 with one scale, int4 gives
-  // w + 8. Returns the scale, which is one that fp16 has.
-  float (*quantize_i8)(const float* x, int64_t size, uint8_t* out);
-  float (*quantize_i4)(const float* x, int64_t size, uint8_t* out);
+  // Pack rows into the memory of one block (packed_matrix.h); what a block has and they have not is zero. Integers are
+  // chosen with their scales, group by group.
+  void (*pack_floats)(const SourceRows& source, std::byte* out);
+  void (*pack_i8)(const SourceRows& source, int64_t depth, int64_t group, std::byte* out);
+  void (*pack_i4)(const SourceRows& source, int64_t depth, int64_t group, std::byte* out);
 
   Gemm gemm(WeightFormat format) const;
   RowFormat row_format(WeightFormat format) const;

@@ -5,7 +5,7 @@ const Kernels& table() {
   static const Kernels kTable = {
       kIsa,         Bf16::kRows, float_gemm<F32>, float_gemm<Bf16>, int_gemm<Int8>, int_gemm<Int4>, attend<F32>,
       attend<Bf16>, to_bf16,     to_i8,           rms_norm,         layer_norm,     activate,       activate_pairs, softcap,
-      rotate,       add,         quantize_i8,     quantize_i4,
+      rotate,       add,         pack_floats,     pack_integers<ToInt8>, pack_integers<ToInt4>,
   };
   return kTable;
 }

@@ -62,9 +62,9 @@ PackedMatrix packed(const Kernels& kernels, const Case& kind, const std::vector<
   const SourceMatrix source{is_bf16 ? reinterpret_cast<const std::byte*>(halves.data())
                                     : reinterpret_cast<const std::byte*>(weights.data()),
                             is_bf16};
-  std::vector<float> scratch(k);
+  matrix.take_memory();
   for (int64_t block = 0; block < matrix.num_blocks(); ++block) {
-    matrix.pack_block(source, n, block, block, scratch.data());
+    matrix.pack_block(source, n, block, block);
   }
   return matrix;
 }
@@ -95,11 +95,12 @@ void test_int4_error(const Kernels& kernels) {
       const std::vector<float> x = random_floats(group);
       float peak = 0;
       for (float value : x) peak = std::max(peak, std::fabs(value));
-      std::vector<uint8_t> levels(group);
-      const float scale = kernels.quantize_i4(x.data(), group, levels.data());
+      Arena arena;
+      const PackedMatrix matrix = packed(kernels, {"", {WeightFormat::kI4, group}}, x, 1, group, arena);
+      std::vector<float> kept(group);
+      matrix.unpack_row(0, kept.data());
       for (int64_t i = 0; i < group; ++i) {
-        CHECK(levels[i] < 16, isa_name(kernels.isa));
-        chosen += std::pow(x[i] - (levels[i] - 8) * scale, 2);
+        chosen += std::pow(x[i] - kept[i], 2);
         plain += std::pow(x[i] - std::nearbyint(x[i] / peak * 7) * peak / 7, 2);
       }
     }
