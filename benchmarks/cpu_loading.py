@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from cpu import SHAPES
+from cpu_engines import SHAPES
 from loading import INFINILM, PLAIN, row, words_of
 
 PACKED = """
