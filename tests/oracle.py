@@ -27,6 +27,7 @@ from infinilm.testing.parity import logprobs_of as _logprobs
 from infinilm.testing.parity import worst_difference as _worst
 
 __all__ = [
+    "BACKENDS",
     "MARGIN",
     "MAX_TOKENS",
     "PROMPT_LENGTHS",
@@ -46,6 +47,9 @@ __all__ = [
     "without_defaults",
     "write_checkpoint",
 ]
+
+BACKENDS = ("torch", "cpu")
+"""The backends that every parity test of a family is run on."""
 
 # Models this small lose more to threads waiting for each other than they gain: minutes, where the machine is busy.
 torch.set_num_threads(1)

@@ -6,6 +6,7 @@ prompts, some than what is generated, and lie on, before and behind the edges of
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import oracle
@@ -179,8 +180,13 @@ CASES = [*MISTRAL, *QWEN2, *QWEN3, *GEMMA2, *GPT2, *MIXTRAL]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
-def subject(request, tmp_path_factory) -> oracle.Subject:
+def examined(request, tmp_path_factory) -> oracle.Subject:
     return request.param.examine(tmp_path_factory.mktemp(request.param.name))
+
+
+@pytest.fixture(params=oracle.BACKENDS)
+def subject(request, examined) -> oracle.Subject:
+    return replace(examined, backend=request.param)
 
 
 def test_alone(subject):

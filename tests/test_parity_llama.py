@@ -6,6 +6,7 @@ Alone, in a ragged batch of eight, and with a cache so small that requests are p
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import oracle
@@ -98,8 +99,13 @@ CASES = [
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
-def subject(request, tmp_path_factory) -> oracle.Subject:
+def examined(request, tmp_path_factory) -> oracle.Subject:
     return request.param.examine(tmp_path_factory.mktemp(request.param.name))
+
+
+@pytest.fixture(params=oracle.BACKENDS)
+def subject(request, examined) -> oracle.Subject:
+    return replace(examined, backend=request.param)
 
 
 def test_alone(subject):

@@ -65,7 +65,6 @@ Attention::Attention(const AttentionConfig& config, const std::string& name, int
       layer_(layer),
       hidden_size_(hidden_size),
       is_bf16_(parameters.is_bf16()),
-      query_format_(parameters.is_bf16() ? kernels.bf16_rows : RowFormat::kF32),
       qkv_(kernels, packing, (config.num_heads + 2 * config.num_kv_heads) * head_blocks(), hidden_size,
            parameters.arena()),
       output_(kernels, packing, (hidden_size + kBlock - 1) / kBlock, config.num_heads * config.head_dim,
@@ -113,7 +112,7 @@ void Attention::reserve(Workspace& space, int64_t num_tokens, const AttentionPla
 void Attention::run(const Step& step, int thread, const NormIfAny& norm, AttentionPlan& plan, const Rotation* rotation,
                     bool is_added) const {
   const Rows rows = prepare_rows(step, thread, step.num_tokens, hidden_size_, norm, qkv_,
-                                 [&](int64_t row) { return step.hidden() + row * hidden_size_; });
+                                 [&](int64_t row) { return step.hidden() + row * hidden_size_; }, kExact);
   project(step, thread, rows, rotation);
   step.pool.phase(thread, static_cast<int64_t>(plan.tasks.size()),
                   [&](int64_t task) { attend(step, thread, plan, plan.tasks[task]); });
@@ -162,13 +161,13 @@ void Attention::finish_head(const Step& step, int thread, int64_t head, int64_t 
     return;
   }
   const int64_t index = (head / group * step.num_tokens + row) * group + head % group;
-  put_row(step.kernels, query_format_, queries(step), index, x, dim, head_blocks() * kBlock);
+  put_row(step.kernels, RowFormat::kF32, queries(step), index, x, dim, head_blocks() * kBlock);
 }
 
 Rows Attention::queries(const Step& step) const {
   Rows rows;
   rows.data = step.space.queries.data();
-  rows.stride = head_blocks() * kBlock * (query_format_ == RowFormat::kBf16 ? 2 : 4);
+  rows.stride = head_blocks() * kBlock * 4;
   return rows;
 }
 

@@ -64,7 +64,6 @@ class Attention {
   const AttentionConfig config_;
   const int64_t layer_, hidden_size_;
   const bool is_bf16_;
-  const RowFormat query_format_;
   NormIfAny query_norm_, key_norm_;
   PackedMatrix qkv_;  // every head begins a block of its own
   PackedMatrix output_;

@@ -30,7 +30,7 @@ inline int64_t unit_columns(int64_t multiple) { return std::max(kMaxUnitBlocks, 
 template <typename Use>
 void multiply_unit(const Step& step, int thread, const Rows& rows, int64_t num_rows, const PackedMatrix& weights,
                    int64_t first_block, int64_t num_blocks, const Use& use) {
-  const Gemm gemm = step.kernels.gemm(weights.format());
+  const Gemm gemm = step.kernels.gemm(weights.format(), rows.format);
   const int64_t stride = num_blocks * kBlock;
   float* products = step.space.threads[thread].products.as<float>();
   for (int64_t row = 0; row < num_rows; row += kRowsAtOnce) {

@@ -76,7 +76,7 @@ void Moe::run(const Step& step, int thread, const NormIfAny& norm, bool is_added
   const Routing& routing = step.space.routing;
 
   const Rows routed = prepare_rows(step, thread, step.num_tokens, step.hidden_size, norm, router_,
-                                   [&](int64_t row) { return step.hidden() + row * step.hidden_size; });
+                                   [&](int64_t row) { return step.hidden() + row * step.hidden_size; }, kExact);
   multiply_into(step, thread, routed, step.num_tokens, router_, nullptr, config_.num_experts, false,
                 step.space.router_logits.as<float>());
   step.pool.phase(thread, 1, [&](int64_t) { route(step); });

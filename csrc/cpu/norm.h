@@ -29,12 +29,17 @@ using NormIfAny = std::optional<Norm>;
 void make_norm(NormIfAny& norm, const std::optional<NormConfig>& config, const std::string& name, int64_t size,
                ParameterList& parameters);
 
+// May rows be rounded to the format that is fastest? Not those that queries, keys or the choice of experts are made of:
+// a softmax makes much of a small difference between scores, and so does a choice.
+enum Rounding { kFast, kExact };
+
 // A phase: rows of activations for a product, num_rows of `size` floats, through `norm` where there is one, in the
 // format that `weights` wants. from(row) is where a row is. They are valid until the next call.
 template <typename From>
 Rows prepare_rows(const Step& step, int thread, int64_t num_rows, int64_t size, const NormIfAny& norm,
-                  const PackedMatrix& weights, const From& from) {
-  const RowFormat format = step.kernels.row_format(weights.format());
+                  const PackedMatrix& weights, const From& from, Rounding rounding = kFast) {
+  const RowFormat format = rounding == kExact ? step.kernels.exact_row_format(weights.format())
+                                              : step.kernels.row_format(weights.format());
   const Rows rows = step.space.rows.rows(format, num_rows, weights.depth());
   step.pool.phase(thread, num_rows, [&](int64_t row) {
     const float* x = from(row);

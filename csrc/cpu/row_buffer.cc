@@ -26,6 +26,7 @@ Rows RowBuffer::rows(RowFormat format, int64_t num_rows, int64_t depth) const {
   Rows rows;
   rows.data = memory_.data();
   rows.stride = stride_of(format, depth);
+  rows.format = format;
   if (format != RowFormat::kI8) return rows;
   rows.num_groups = groups_of(depth);
   std::byte* behind = memory_.data() + num_rows * rows.stride;

@@ -78,18 +78,25 @@ def decoder_cases(
     dtype: str = "float32",
     device: str = "cpu",
     platform: Platform | None = None,
+    quantization: str | None = None,
 ) -> list[BackendCase]:
     """Return a case for each of `decoders`: by default small models that between them have every part there is.
 
-    `provide` is the plugin's `provide_backend`. A model it declines is not held against it. In low precision all
-    experts are run for every token, because a rounding would send one to another.
+    `provide` is the plugin's `provide_backend`. A model it declines is not held against it. In low precision, and with
+    a `quantization`, all experts are run for every token, because a rounding would send one to another. Quantized
+    logits may differ as those in bfloat16; give such a case the `reference` of the weights that the backend rounds to.
     """
+    is_exact = quantization is None and TOLERANCES.get(dtype, 1.0) <= TOLERANCES["float32"]
     cases = []
     for name, decoder in decoders.items():
-        config = decoder if TOLERANCES.get(dtype, 1.0) <= TOLERANCES["float32"] else with_all_experts(decoder)
-        request = make_request(config, dtype=dtype, device=device, platform=platform)
+        config = decoder if is_exact else with_all_experts(decoder)
+        request = make_request(config, dtype=dtype, device=device, platform=platform, quantization=quantization)
         case = hook_case(name, provide, request, large=enlarged(config))
-        cases.append(replace(case, reference=_decoder_reference(config)))
+        if quantization is None:
+            case = replace(case, reference=_decoder_reference(config))
+        else:
+            case = replace(case, tolerance=TOLERANCES["bfloat16"])
+        cases.append(case)
     return cases
 
 
@@ -122,6 +129,7 @@ def make_request(
     dtype: str = "float32",
     device: str = "cpu",
     platform: Platform | None = None,
+    quantization: str | None = None,
     max_num_seqs: int = 64,
 ) -> BackendRequest:
     """Return what a backend is asked where `lineage` ends the search for a config, with an empty checkpoint.
@@ -137,7 +145,7 @@ def make_request(
         platform=CpuPlatform() if platform is None else platform,
         device=device,
         dtype=dtype,
-        quantization=None,
+        quantization=quantization,
         trust_remote_code=False,
         rank=0,
         world_size=1,

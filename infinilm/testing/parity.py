@@ -202,30 +202,35 @@ class ParityCase:
     names: Callable[[Stored], Stored] = dict
     options: dict[str, Any] = field(default_factory=dict)
 
-    def examine(self, folder: Path, *, plugins: Sequence[object] = ()) -> ParitySubject:
-        """Write the checkpoint, and ask transformers. `plugins` are those of `LLM`."""
+    def examine(self, folder: Path, *, plugins: Sequence[object] = (), backend: str = "auto") -> ParitySubject:
+        """Write the checkpoint, and ask transformers. `plugins` and `backend` are those of `LLM`."""
         model = write_checkpoint(folder, self.config, **self.options)
         edit_config(folder, self.spelling)
         edit_tensors(folder, self.names)
-        return ParitySubject(folder, *examine(model), plugins=tuple(plugins))
+        return ParitySubject(folder, *examine(model), plugins=tuple(plugins), backend=backend)
 
 
 @dataclass(frozen=True, slots=True)
 class ParitySubject:
-    """A checkpoint, the prompts to ask it, and what transformers says to them."""
+    """A checkpoint, the prompts to ask it, and what transformers says to them.
+
+    `dataclasses.replace(subject, backend=...)` asks another backend without asking transformers again.
+    """
 
     folder: Path
     prompts: list[list[int]]
     expected: list[Answer]
     plugins: tuple[object, ...] = ()
+    backend: str = "auto"
 
     def load(
         self, *, max_num_seqs: int = 256, max_num_batched_tokens: int = 2048, kv_cache_memory: int | None = None
     ) -> LLM:
         """Return the checkpoint as an `infinilm.LLM`, in float32 on the CPU."""
-        return LLM(
+        llm = LLM(
             str(self.folder),
             plugins=self.plugins,
+            backend=self.backend,
             platform="cpu",
             dtype="float32",
             max_model_len=_MAX_MODEL_LEN,
@@ -233,6 +238,9 @@ class ParitySubject:
             max_num_batched_tokens=max_num_batched_tokens,
             kv_cache_memory=kv_cache_memory,
         )
+        runs = llm.choice.plugin
+        require(self.backend in ("auto", runs), f"the plugin {runs!r} runs it, and {self.backend!r} was to be asked")
+        return llm
 
     def check(self) -> None:
         """Ask in every way there is. Raises `ConformanceError` where an answer is not that of transformers."""

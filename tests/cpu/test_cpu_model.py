@@ -209,7 +209,7 @@ def test_bfloat16_is_close_on_every_level(name):
         logits = in_pieces(backend, [0, 70, 71, 72, 74, 77, 90, LENGTH])
         error = row_errors(logits, wanted)
         assert error.median() <= reference.median(), isa
-        assert error.quantile(0.97) <= reference.quantile(0.97), isa
+        assert error.quantile(0.95) <= reference.quantile(0.95), isa
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 7])

@@ -86,16 +86,18 @@ void copy_values(const std::byte* values, int64_t num_blocks, int64_t begin, int
   }
 }
 
-template <class Format>
+// KeyFormat multiplies queries and keys, Format weights and values. Queries are not rounded: what a score is off by, a
+// weight is off by in proportion.
+template <class KeyFormat, class Format>
 void attend(const AttentionTile& tile) {
   constexpr int64_t kPositions = kAttentionChunk * kBlock;
   constexpr int64_t kElement = 4 / Format::kStepDepth;  // bytes of a key or value
-  static constexpr auto kScores = score_tiles<Format>(std::make_integer_sequence<int, kFloatRows>());
+  static constexpr auto kScores = score_tiles<KeyFormat>(std::make_integer_sequence<int, kFloatRows>());
   static constexpr auto kValues = value_tiles<Format, 1>(std::make_integer_sequence<int, kFloatRows>());
   static constexpr auto kWideValues =
       value_tiles<Format, kWideBlocks>(std::make_integer_sequence<int, kWideFloatRows>());
 
-  const int64_t key_steps = (tile.head_dim + Format::kStepDepth - 1) / Format::kStepDepth;
+  const int64_t key_steps = (tile.head_dim + KeyFormat::kStepDepth - 1) / KeyFormat::kStepDepth;
   const int64_t num_value_blocks = (tile.head_dim + kBlock - 1) / kBlock;
   const int64_t value_block_bytes = kBlock * kBlock * kElement;
   float* scores = reinterpret_cast<float*>(tile.scratch);

@@ -83,6 +83,19 @@ inline void tile_steps(const std::byte* x, int64_t x_stride, const std::byte* w,
   if (M > 1 && N > 1) _tile_stored(3, below + kBlock, out_bytes);
 }
 
+// high + low = x
+void split(const Kernels& kernels, const float* x, int64_t size, uint16_t* high, uint16_t* low) {
+  kernels.to_bf16(x, size, high);
+  float rest[kStepsAtOnce * kStepDepth];
+  for (int64_t i = 0; i < size; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(high[i]) << 16;
+    float rounded;
+    std::memcpy(&rounded, &bits, 4);
+    rest[i] = x[i] - rounded;
+  }
+  kernels.to_bf16(rest, size, low);
+}
+
 // All rows and blocks, for the input features of `num_steps` steps.
 void multiply_steps(const std::byte* x, int64_t x_stride, int64_t num_rows, const std::byte* w, int64_t w_stride,
                     int64_t num_blocks, int64_t num_steps, int64_t num_pairs, bool is_first, float* out,
@@ -102,21 +115,53 @@ void multiply_steps(const std::byte* x, int64_t x_stride, int64_t num_rows, cons
   }
 }
 
+// Call multiply_run(first step, number of steps, pairs of input features in each) for all input features.
+template <typename MultiplyRun>
+void for_runs(int64_t depth, const MultiplyRun& multiply_run) {
+  const int64_t num_steps = depth / kStepDepth, rest = depth % kStepDepth / 2;
+  for (int64_t step = 0; step < num_steps; step += kStepsAtOnce) {
+    multiply_run(step, std::min(kStepsAtOnce, num_steps - step), kTile);
+  }
+  if (rest > 0) multiply_run(num_steps, 1, rest);
+}
+
 void gemm_bf16(const Rows& rows, int64_t num_rows, const Panel& weights, int64_t num_blocks, float* out,
                int64_t out_stride) {
   if (num_rows <= kFewRows) {
     avx512_bf16::table().gemm_bf16(rows, num_rows, weights, num_blocks, out, out_stride);
     return;
   }
-  const int64_t num_steps = weights.depth / kStepDepth, rest = weights.depth % kStepDepth / 2;
-  for (int64_t step = 0; step < num_steps; step += kStepsAtOnce) {
+  for_runs(weights.depth, [&](int64_t step, int64_t num_steps, int64_t num_pairs) {
     multiply_steps(rows.data + step * kStepBytes, rows.stride, num_rows, weights.data + step * kWeightBytes,
-                   weights.stride, num_blocks, std::min(kStepsAtOnce, num_steps - step), kTile, step == 0, out,
-                   out_stride);
+                   weights.stride, num_blocks, num_steps, num_pairs, step == 0, out, out_stride);
+  });
+  _tile_release();
+}
+
+// A float is the sum of two bf16 within 2^-17: twice the products, and none of the rounding.
+void gemm_bf16_by_f32(const Rows& rows, int64_t num_rows, const Panel& weights, int64_t num_blocks, float* out,
+                      int64_t out_stride) {
+  const Kernels& below = avx512_bf16::table();
+  if (num_rows <= kFewRows) {
+    below.gemm_bf16_by_f32(rows, num_rows, weights, num_blocks, out, out_stride);
+    return;
   }
-  if (rest > 0) {
-    multiply_steps(rows.data + num_steps * kStepBytes, rows.stride, num_rows, weights.data + num_steps * kWeightBytes,
-                   weights.stride, num_blocks, 1, rest, num_steps == 0, out, out_stride);
+  constexpr int64_t kRunDepth = kStepsAtOnce * kStepDepth, kRunBytes = kRunDepth * 2;
+  alignas(64) uint16_t high[2 * kTile * kRunDepth], low[2 * kTile * kRunDepth];
+  for (int64_t first = 0; first < num_rows; first += 2 * kTile) {
+    const int64_t height = std::min(num_rows - first, 2 * kTile);
+    for_runs(weights.depth, [&](int64_t step, int64_t num_steps, int64_t num_pairs) {
+      const int64_t depth = (num_steps - 1) * kStepDepth + 2 * num_pairs;
+      for (int64_t row = 0; row < height; ++row) {
+        const std::byte* x = rows.data + (first + row) * rows.stride + step * kStepDepth * 4;
+        split(below, reinterpret_cast<const float*>(x), depth, high + row * kRunDepth, low + row * kRunDepth);
+      }
+      for (const uint16_t* half : {high, low}) {
+        multiply_steps(reinterpret_cast<const std::byte*>(half), kRunBytes, height, weights.data + step * kWeightBytes,
+                       weights.stride, num_blocks, num_steps, num_pairs, step == 0 && half == high,
+                       out + first * out_stride, out_stride);
+      }
+    });
   }
   _tile_release();
 }
@@ -125,6 +170,7 @@ Kernels make_table() {
   Kernels table = avx512_bf16::table();
   table.isa = Isa::kAvx512Amx;
   table.gemm_bf16 = gemm_bf16;
+  table.gemm_bf16_by_f32 = gemm_bf16_by_f32;
   return table;
 }
 

@@ -20,10 +20,10 @@ const Kernels& kernels_for(Isa isa) {
   }
 }
 
-Gemm Kernels::gemm(WeightFormat format) const {
-  switch (format) {
+Gemm Kernels::gemm(WeightFormat weights, RowFormat rows) const {
+  switch (weights) {
     case WeightFormat::kF32: return gemm_f32;
-    case WeightFormat::kBf16: return gemm_bf16;
+    case WeightFormat::kBf16: return rows == RowFormat::kF32 ? gemm_bf16_by_f32 : gemm_bf16;
     case WeightFormat::kI8: return gemm_i8;
     case WeightFormat::kI4: return gemm_i4;
   }
@@ -36,6 +36,10 @@ RowFormat Kernels::row_format(WeightFormat format) const {
     case WeightFormat::kBf16: return bf16_rows;
     default: return RowFormat::kI8;
   }
+}
+
+RowFormat Kernels::exact_row_format(WeightFormat format) const {
+  return format == WeightFormat::kBf16 ? RowFormat::kF32 : row_format(format);
 }
 
 int64_t attention_scratch_bytes(int64_t num_rows, int64_t head_dim) {

@@ -32,9 +32,10 @@ struct Rows {
   const float* scales = nullptr;
   const int32_t* sums = nullptr;
   int64_t num_groups = 0;
+  RowFormat format = RowFormat::kF32;
 
   Rows from(int64_t row) const {
-    return {data + row * stride, stride, scales + row * num_groups, sums + row * num_groups, num_groups};
+    return {data + row * stride, stride, scales + row * num_groups, sums + row * num_groups, num_groups, format};
   }
 };
 
@@ -84,11 +85,12 @@ struct AttentionTile {
 
 struct Kernels {
   Isa isa;
-  RowFormat bf16_rows;  // what gemm_bf16 and attend_bf16 want: bf16 where the processor multiplies it, else f32
+  RowFormat bf16_rows;  // what gemm_bf16 wants: bf16 where the processor multiplies it, else f32
 
   Gemm gemm_f32, gemm_bf16, gemm_i8, gemm_i4;
+  Gemm gemm_bf16_by_f32;  // bf16 weights and f32 rows
 
-  // Keys and values in f32 or in bf16.
+  // Keys and values in f32 or in bf16, queries in f32.
   void (*attend_f32)(const AttentionTile& tile);
   void (*attend_bf16)(const AttentionTile& tile);
 
@@ -116,8 +118,10 @@ struct Kernels {
   void (*pack_i8)(const SourceRows& source, int64_t depth, int64_t group, std::byte* out);
   void (*pack_i4)(const SourceRows& source, int64_t depth, int64_t group, std::byte* out);
 
-  Gemm gemm(WeightFormat format) const;
+  Gemm gemm(WeightFormat weights, RowFormat rows) const;
+  // The fastest for these weights, and the one that rounds nothing off unless weights are integers.
   RowFormat row_format(WeightFormat format) const;
+  RowFormat exact_row_format(WeightFormat format) const;
 };
 
 // The table for a level. Throws std::logic_error where this build has none.

@@ -119,7 +119,7 @@ int main(int argc, char** argv) {
         const double seconds = best_seconds(num_rows > 16 ? 20 : 4, [&] {
           for (int64_t block = 0; block + unit <= total; block += unit) {
             const int64_t at = num_rows > 16 ? 0 : block;
-            kernels.gemm(shape.packing.format)(rows, num_rows,
+            kernels.gemm(shape.packing.format, format)(rows, num_rows,
                                                {panel.data + at * bytes, bytes, depth, shape.packing.group}, unit,
                                                out.data(), unit * kBlock);
           }
