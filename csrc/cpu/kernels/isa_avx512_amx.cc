@@ -20,6 +20,9 @@ constexpr int64_t kWeightBytes = 64 * kTile;
 constexpr int64_t kFewRows = 4;
 constexpr int64_t kStepsAtOnce = 16;     // 32 rows of so many steps stay in the first cache
 
+// GCC's intrinsics do not say what memory they read: what was written before must be there.
+inline void finish_writes() { asm volatile("" ::: "memory"); }
+
 // Products are in tiles 0 to 3, rows in 4 and 5, weights in 6 and 7.
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -41,6 +44,7 @@ void shape_tiles(int64_t first_rows, int64_t second_rows, int64_t num_pairs) {
     shape(4 + half, rows, 4 * num_pairs);
     shape(6 + half, num_pairs, 64);
   }
+  finish_writes();
   _tile_loadconfig(&shapes);
 }
 
@@ -48,6 +52,7 @@ void shape_tiles(int64_t first_rows, int64_t second_rows, int64_t num_pairs) {
 template <int M, int N>
 inline void tile_steps(const std::byte* x, int64_t x_stride, const std::byte* w, int64_t w_stride, int64_t num_steps,
                        bool is_first, float* out, int64_t out_stride) {
+  finish_writes();
   const int64_t out_bytes = out_stride * 4;
   float* below = out + kTile * out_stride;
   if (is_first) {
@@ -81,6 +86,7 @@ inline void tile_steps(const std::byte* x, int64_t x_stride, const std::byte* w,
   if (N > 1) _tile_stored(1, out + kBlock, out_bytes);
   if (M > 1) _tile_stored(2, below, out_bytes);
   if (M > 1 && N > 1) _tile_stored(3, below + kBlock, out_bytes);
+  finish_writes();
 }
 
 // high + low = x
