@@ -21,6 +21,7 @@ constexpr int64_t kRowsAtOnce = 48;
 struct ThreadScratch {
   Buffer products;   // (kRowsAtOnce, columns of a unit) of a product
   Buffer vector;     // a row in float32
+  Buffer ordered;    // the same, in the order of a weight's input features
   Buffer attention;  // attention.cc's
 };
 

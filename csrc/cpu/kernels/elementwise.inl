@@ -30,6 +30,29 @@ void to_i8(const float* x, int64_t size, int8_t* out, float* scales, int32_t* su
   }
 }
 
+// Levels of 15 bits, 127 * 128 either way, as a high byte of at most 127 and a low one of at most 64.
+void to_i8_pairs(const float* x, int64_t size, int8_t* out, float* scales, int32_t* sums) {
+  constexpr float kMost = 127 * 128;
+  for (int64_t group = 0; group < size / kGroup; ++group, x += kGroup, out += 2 * kGroup) {
+    VF peak = VF{};
+    for (int i = 0; i < kGroup; i += kWidth) peak = max(peak, magnitude(load(x + i)));
+    const float most = largest(peak);
+    const float inverse = most > 0 ? kMost / most : 0;
+    int32_t total = 0;
+    for (int i = 0; i < kGroup; i += kWidth) {
+      const VI rounded = as_bits(load(x + i) * inverse + kRounder) - kRounderBits;
+      const VI high = (rounded + 64) >> 7, low = rounded - (high << 7);
+      for (int j = 0; j < kWidth; ++j) {
+        out[i + j] = static_cast<int8_t>(high[j]);
+        out[kGroup + i + j] = static_cast<int8_t>(low[j]);
+        total += rounded[j];
+      }
+    }
+    scales[group] = most / kMost;
+    sums[group] = total;
+  }
+}
+
 // Call body(position, vector in, lanes) over `size` floats; the last vector may be partly filled.
 template <class Body>
 INFINILM_INLINE void map(const float* x, const float* y, int64_t size, float* out, const Body& body) {

@@ -25,6 +25,7 @@ Gemm Kernels::gemm(WeightFormat format) const {
     case WeightFormat::kBf16: return gemm_bf16;
     case WeightFormat::kI8: return gemm_i8;
     case WeightFormat::kI4: return gemm_i4;
+    case WeightFormat::kI4Zero: return gemm_i4_zero;
   }
   return nullptr;
 }
@@ -33,6 +34,7 @@ RowFormat Kernels::row_format(WeightFormat format) const {
   switch (format) {
     case WeightFormat::kF32: return RowFormat::kF32;
     case WeightFormat::kBf16: return bf16_rows;
+    case WeightFormat::kI4Zero: return RowFormat::kI8Pair;
     default: return RowFormat::kI8;
   }
 }
@@ -51,14 +53,19 @@ int64_t depth_multiple(WeightFormat format, int64_t group) {
   }
 }
 
-int64_t scale_bytes(int64_t depth, int64_t group) { return (depth / group * kBlock * 2 + 63) / 64 * 64; }
+int64_t header_bytes(WeightFormat format, int64_t depth, int64_t group) {
+  if (group == 0) return 0;
+  const int64_t bytes = format == WeightFormat::kI4Zero ? 3 : 2;
+  return (depth / group * kBlock * bytes + 63) / 64 * 64;
+}
 
 int64_t block_bytes(WeightFormat format, int64_t depth, int64_t group) {
   switch (format) {
     case WeightFormat::kF32: return depth * kBlock * 4;
     case WeightFormat::kBf16: return depth * kBlock * 2;
-    case WeightFormat::kI8: return scale_bytes(depth, group) + depth * kBlock;
-    case WeightFormat::kI4: return scale_bytes(depth, group) + depth * kBlock / 2;
+    case WeightFormat::kI8: return header_bytes(format, depth, group) + depth * kBlock;
+    case WeightFormat::kI4:
+    case WeightFormat::kI4Zero: return header_bytes(format, depth, group) + depth * kBlock / 2;
   }
   return 0;
 }

@@ -17,17 +17,18 @@ constexpr int64_t kGroup = 32;          // activations that share a scale where 
 constexpr int64_t kAttentionChunk = 8;  // cache blocks whose scores are held at once
 
 // How weights are kept.
-enum class WeightFormat { kF32, kBf16, kI8, kI4 };
+enum class WeightFormat { kF32, kBf16, kI8, kI4, kI4Zero };
 
-// How a kernel wants its activations.
-enum class RowFormat { kF32, kBf16, kI8 };
+// How a kernel wants its activations. kI8Pair is levels of 15 bits, 128 * high + low: the 32 high bytes of a group, then
+// its 32 low ones.
+enum class RowFormat { kF32, kBf16, kI8, kI8Pair };
 
 // Rows of activations: row r begins `stride` bytes behind row r - 1, and is zero from its last element to the depth of
 // the weights it meets.
 struct Rows {
   const std::byte* data = nullptr;
   int64_t stride = 0;
-  // int8 only, [row][num_groups]: what each group of 32 is multiplied by, and its sum.
+  // Of levels only, [row][num_groups]: what each group of 32 is multiplied by, and its sum.
   const float* scales = nullptr;
   const int32_t* sums = nullptr;
   int64_t num_groups = 0;
@@ -76,7 +77,7 @@ struct Kernels {
   Isa isa;
   RowFormat bf16_rows;  // what gemm_bf16 and attend_bf16 want: bf16 where the processor multiplies it, else f32
 
-  Gemm gemm_f32, gemm_bf16, gemm_i8, gemm_i4;
+  Gemm gemm_f32, gemm_bf16, gemm_i8, gemm_i4, gemm_i4_zero;
 
   // Keys and values in f32 or in bf16.
   void (*attend_f32)(const AttentionTile& tile);
@@ -86,6 +87,7 @@ struct Kernels {
   void (*to_bf16)(const float* x, int64_t size, uint16_t* out);
   // `size` is a multiple of 32.
   void (*to_i8)(const float* x, int64_t size, int8_t* out, float* scales, int32_t* sums);
+  void (*to_i8_pairs)(const float* x, int64_t size, int8_t* out, float* scales, int32_t* sums);
   // x * weight / rms(x), plus bias where there is one.
   void (*rms_norm)(const float* x, int64_t size, const float* weight, const float* bias, float eps, float* out);
   void (*layer_norm)(const float* x, int64_t size, const float* weight, const float* bias, float eps, float* out);
@@ -117,9 +119,9 @@ int64_t attention_scratch_bytes(int64_t num_rows, int64_t head_dim);
 // So many input features a format's blocks are padded to a multiple of.
 int64_t depth_multiple(WeightFormat format, int64_t group);
 
-// Bytes of a block of 16 output features. int8 and int4 begin with their scales, fp16 [depth / group][16], padded to
-// a multiple of 64.
+// Bytes of a block of 16 output features. Those of integers begin with a header, padded to a multiple of 64: scales, fp16
+// [depth / group][16], and behind them the zeros of kI4Zero, bytes [depth / group][16].
 int64_t block_bytes(WeightFormat format, int64_t depth, int64_t group);
-int64_t scale_bytes(int64_t depth, int64_t group);
+int64_t header_bytes(WeightFormat format, int64_t depth, int64_t group);
 
 }  // namespace infinilm::cpu
