@@ -24,7 +24,7 @@ def pack_columns(numbers: Tensor, order: tuple[int, ...] = tuple(range(8))) -> T
     eights = numbers.to(torch.int64).unflatten(1, (-1, 8))  # (rows, words, 8)
     words = sum(eights[..., column] * 16**place for place, column in enumerate(order))
     assert isinstance(words, Tensor)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).contiguous()
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ void PackedMatrix::pack_integers(const SourceMatrix& source, int64_t first_row, 
   const int64_t group = packing_.group;
   const bool is_int8 = packing_.format == WeightFormat::kI8;
   const uint8_t zero = is_int8 ? 128 : 8;
-  std::byte* data = out + header_bytes(packing_.format, depth_, group);
+  std::byte* data = out + scale_bytes(depth_, group);
   float values[kMaxGroup];
   uint8_t levels[kMaxGroup];
   for (int64_t n = 0; n < kBlock; ++n) {
@@ -130,7 +130,10 @@ void PackedMatrix::pack_integers(const SourceMatrix& source, int64_t first_row, 
 void PackedMatrix::unpack_row(int64_t feature, float* out) const {
   const std::byte* block = memory_ + feature / kBlock * block_bytes_;
   const int64_t n = feature % kBlock;
-  const std::byte* data = block + header_bytes(packing_.format, depth_, packing_.group);
+  const bool has_zeros = packing_.format == WeightFormat::kI4Zero;
+  const int64_t group = packing_.group;
+  const int64_t header = has_zeros ? scale_and_zero_bytes(depth_, group) : group ? scale_bytes(depth_, group) : 0;
+  const std::byte* data = block + header;
   for (int64_t k = 0; k < in_features_; ++k) {
     float scale = 1;
     if (packing_.group) {
@@ -152,8 +155,8 @@ void PackedMatrix::unpack_row(int64_t feature, float* out) const {
       case WeightFormat::kI4:
       case WeightFormat::kI4Zero: {
         const int both = std::to_integer<int>(data[k / 8 * 64 + n * 4 + k % 4]);
-        const std::byte* zeros = block + depth_ / packing_.group * kBlock * 2 + k / packing_.group * kBlock;
-        const int zero = packing_.format == WeightFormat::kI4 ? 8 : std::to_integer<int>(zeros[n]);
+        const std::byte* zeros = block + (depth_ / group * 2 + k / group) * kBlock;
+        const int zero = has_zeros ? std::to_integer<int>(zeros[n]) : 8;
         out[k] = scale * ((k % 8 < 4 ? both & 15 : both >> 4) - zero);
         break;
       }

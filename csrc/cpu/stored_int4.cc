@@ -178,7 +178,7 @@ void StoredMatrix::for_blocks(const std::function<void(std::byte* block, BlockRo
 }
 
 void StoredMatrix::put_weight(const std::byte* words) {
-  const int64_t header = header_bytes(matrix_->format(), matrix_->depth(), stored_.group);
+  const int64_t header = scale_and_zero_bytes(matrix_->depth(), stored_.group);
   const int64_t in_features = matrix_->in_features();
   for_blocks([&](std::byte* block, BlockRows rows) {
     if (stored_.is_awq) {
@@ -219,7 +219,7 @@ void StoredMatrix::put_scale(const std::byte* halves) {
 void StoredMatrix::put_group(const std::byte* groups) {
   std::vector<int32_t> order = order_of(reinterpret_cast<const int32_t*>(groups));
   if (order == order_) return;
-  const int64_t header = header_bytes(matrix_->format(), matrix_->depth(), stored_.group);
+  const int64_t header = scale_and_zero_bytes(matrix_->depth(), stored_.group);
   if (has_weight_) {
     for_blocks([&](std::byte* block, BlockRows) { reorder(order_, order, matrix_->depth(), block + header); });
   }

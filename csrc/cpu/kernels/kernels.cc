@@ -53,19 +53,17 @@ int64_t depth_multiple(WeightFormat format, int64_t group) {
   }
 }
 
-int64_t header_bytes(WeightFormat format, int64_t depth, int64_t group) {
-  if (group == 0) return 0;
-  const int64_t bytes = format == WeightFormat::kI4Zero ? 3 : 2;
-  return (depth / group * kBlock * bytes + 63) / 64 * 64;
-}
+int64_t scale_bytes(int64_t depth, int64_t group) { return (depth / group * kBlock * 2 + 63) / 64 * 64; }
+
+int64_t scale_and_zero_bytes(int64_t depth, int64_t group) { return (depth / group * kBlock * 3 + 63) / 64 * 64; }
 
 int64_t block_bytes(WeightFormat format, int64_t depth, int64_t group) {
   switch (format) {
     case WeightFormat::kF32: return depth * kBlock * 4;
     case WeightFormat::kBf16: return depth * kBlock * 2;
-    case WeightFormat::kI8: return header_bytes(format, depth, group) + depth * kBlock;
-    case WeightFormat::kI4:
-    case WeightFormat::kI4Zero: return header_bytes(format, depth, group) + depth * kBlock / 2;
+    case WeightFormat::kI8: return scale_bytes(depth, group) + depth * kBlock;
+    case WeightFormat::kI4: return scale_bytes(depth, group) + depth * kBlock / 2;
+    case WeightFormat::kI4Zero: return scale_and_zero_bytes(depth, group) + depth * kBlock / 2;
   }
   return 0;
 }

@@ -119,9 +119,10 @@ int64_t attention_scratch_bytes(int64_t num_rows, int64_t head_dim);
 // So many input features a format's blocks are padded to a multiple of.
 int64_t depth_multiple(WeightFormat format, int64_t group);
 
-// Bytes of a block of 16 output features. Those of integers begin with a header, padded to a multiple of 64: scales, fp16
-// [depth / group][16], and behind them the zeros of kI4Zero, bytes [depth / group][16].
+// Bytes of a block of 16 output features. int8 and int4 begin with their scales, fp16 [depth / group][16], padded to
+// a multiple of 64; those of kI4Zero are followed by zeros, bytes [depth / group][16], and both are padded together.
 int64_t block_bytes(WeightFormat format, int64_t depth, int64_t group);
-int64_t header_bytes(WeightFormat format, int64_t depth, int64_t group);
+int64_t scale_bytes(int64_t depth, int64_t group);
+int64_t scale_and_zero_bytes(int64_t depth, int64_t group);
 
 }  // namespace infinilm::cpu
