@@ -132,7 +132,7 @@ class BackendRequest:
         repr=False, compare=False, default=lambda part, config: None
     )
     stored_weights: Callable[[], Mapping[str, Mapping[str, str]]] = field(
-        repr=False, compare=False, default=lambda: {}
+        repr=False, compare=False, default=dict
     )
 
     def decline(self, reason: str) -> Any:  # None; Any lets a typed plugin write `return request.decline(...)`
