@@ -142,8 +142,9 @@ int32_t parameter(infinilm_model* model, int64_t index, infinilm_parameter* out,
     value.tied_to = from.tied_to.empty() ? nullptr : from.tied_to.c_str();
     value.shape = from.shape.data();
     value.num_dims = static_cast<int64_t>(from.shape.size());
-    value.shard_dim = from.shard_dim;
-    value.shard_multiple = from.shard_multiple;
+    // What is stored quantized has other dimensions than its matrix, and is nowhere cut.
+    value.shard_dim = from.dtype.empty() ? from.shard_dim : -1;
+    value.shard_multiple = from.dtype.empty() ? from.shard_multiple : 1;
     give(out, value);
   });
 }

@@ -17,7 +17,7 @@ struct Parameter {
   std::string name;
   std::vector<int64_t> shape;
   std::string tied_to;  // empty: not tied
-  std::string dtype;    // empty: that of the model
+  std::string dtype;    // empty: that of the model, else one that a checkpoint stores
   int64_t shard_dim = -1, shard_multiple = 1;
   // Take the values: pack or copy them. Called outside of any region.
   std::function<void(const SourceMatrix& source)> store;

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from infinilm import LLM, SamplingParams
 from infinilm.checkpoints.safetensors import SafetensorsCheckpoint
+from infinilm.cli import main
 from infinilm.loading import dequantize
 from infinilm.models import llama
 from infinilm.native.backend import NativeBackend
@@ -130,7 +131,7 @@ SCHEMES: Mapping[str, Scheme] = {
     "gptq 32 act-order": scheme({**GPTQ, "desc_act": True}, 32, is_shuffled=True),
     "gptq 128 act-order": scheme({**GPTQ, "desc_act": True}, 128, is_shuffled=True),
     "gptq 64 without g_idx": scheme(GPTQ, 64, with_groups=False),
-    "gptq whole rows": scheme({**GPTQ, "modules_in_block_to_quantize": None}, -1),
+    "gptq whole rows": scheme(GPTQ, -1),
     "gptq v2 32": scheme(V2, 32),
     "awq 32": scheme(AWQ, 32),
     "awq 128": scheme(AWQ, 128),
@@ -509,3 +510,14 @@ def test_no_dequantized_buffer_is_allocated(stated, tmp_path):
     peak, stored = (int(number) for number in printed.split())
     assert dequantized > stored + (300 << 20)
     assert peak < stored + (48 << 20), f"{peak >> 20} MiB for {stored >> 20} MiB of stored weights"
+
+
+# ---------------------------------------------------------------- what inspect says
+
+
+def test_inspect_says_what_stays_as_it_is_stored(tmp_path, capsys):
+    stored, _ = without(SCHEMES["awq 32"], "v_proj")(tmp_path)
+    assert main(["inspect", str(stored), "--backend", "cpu", "--dtype", "bfloat16"]) == 0
+    printed = capsys.readouterr().out
+    assert f"; {4 * LAYERS} weights stay awq, {2 * LAYERS} are dequantized" in printed
+    assert "model.layers.{0-1}.mlp.up_proj.weight:weight [256, 20] int32" in printed
