@@ -131,9 +131,7 @@ class BackendRequest:
     torch_module: Callable[[Named, DecoderConfig], Callable[[], Module] | None] = field(
         repr=False, compare=False, default=lambda part, config: None
     )
-    stored_weights: Callable[[], Mapping[str, Mapping[str, str]]] = field(
-        repr=False, compare=False, default=dict
-    )
+    stored_weights: Callable[[], Mapping[str, Mapping[str, str]]] = field(repr=False, compare=False, default=dict)
 
     def decline(self, reason: str) -> Any:  # None; Any lets a typed plugin write `return request.decline(...)`
         """Record why this backend does not take the model, and return `None` for the hook to return."""

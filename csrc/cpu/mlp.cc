@@ -19,8 +19,8 @@ MlpPackings::MlpPackings(const MlpConfig& config, const std::vector<std::string>
 MlpWeights::MlpWeights(const MlpConfig& mlp, const std::string& name, int64_t hidden_size, const Kernels& kernels,
                        MlpPackings packings, ParameterList& parameters)
     : config(mlp),
-      gate_up(kernels, packings.gate_up, (mlp.intermediate_size + kBlock - 1) / kBlock * (mlp.is_gated ? 2 : 1), hidden_size,
-              parameters.arena()),
+      gate_up(kernels, packings.gate_up, (mlp.intermediate_size + kBlock - 1) / kBlock * (mlp.is_gated ? 2 : 1),
+              hidden_size, parameters.arena()),
       down(kernels, packings.down, (hidden_size + kBlock - 1) / kBlock, mlp.intermediate_size, parameters.arena()),
       gate_up_bias(mlp.has_bias ? gate_up.num_blocks() * kBlock : 0),
       down_bias(mlp.has_bias ? hidden_size : 0) {

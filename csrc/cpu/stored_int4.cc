@@ -156,7 +156,7 @@ const StoredInt4* StoredWeights::find(const std::string& name) const {
 
 std::string StoredWeights::left_out() const {
   if (num_left_out_ == 0) return "";
-  return std::to_string(num_left_out_) + " quantized weights are not run as they are stored, but dequantized; " + reason_;
+  return std::to_string(num_left_out_) + " quantized weights are dequantized, not run as they are stored; " + reason_;
 }
 
 StoredMatrix::StoredMatrix(std::string name, StoredInt4 stored, int64_t num_rows, PackedMatrix* matrix,
