@@ -32,6 +32,7 @@ from infinilm_hookspecs import (
     BackendRequest,
     Checkpoint,
     CheckpointError,
+    Config,
     ConfigError,
     DecoderConfig,
     InfinilmError,
@@ -234,6 +235,7 @@ def choose_backend(pm: PluginManager, request: BackendRequest, name: str = "auto
         request,
         on_decline=lambda reason: reasons.update({pm.asking or "?": reason}),
         torch_module=partial(_find_torch_module, pm),
+        stored_weights=partial(_find_stored_weights, pm, request),
     )
     backend, heard = pm.call("provide_backend", exclude=exclude, request=request)
     declined = tuple(
@@ -265,6 +267,15 @@ def _find_torch_module(pm: PluginManager, part: Named, config: DecoderConfig) ->
     return None if answer is None else answer.value
 
 
+def _find_stored_weights(pm: PluginManager, request: BackendRequest) -> Mapping[str, Mapping[str, str]]:
+    """Return the stored tensors by role of every quantized weight that no rule changed, by its last name."""
+    walk = start_walk(request.checkpoint.tensors, request.checkpoint.quantization)
+    for stage in chain.from_iterable(_collect_rules(pm, Lineage(request.lineage, ()), request.lineage[-1])):
+        walk.run(stage)
+    stored = ((name, walk.packed.get(id(weight.pieces))) for name, weight in walk.weights.items())
+    return {name: {role: part.name for role, part in packed[1].items()} for name, packed in stored if packed}
+
+
 def _no_backend(pm: PluginManager, request: BackendRequest, declined: Sequence[Decline]) -> InfinilmError:
     last = request.lineage[-1]
     model_type = last.model_type if isinstance(last, DecoderConfig) else model_type_of(last)
@@ -287,10 +298,17 @@ def collect_stages(pm: PluginManager, lineage: Lineage, choice: BackendChoice) -
 
     A rule that ends the walk leaves the lists of later configs out.
     """
+    own = choice.backend.weight_rule
+    groups = _collect_rules(pm, lineage, choice.backend.config)
+    return [*groups, [] if own is None else [Stage(own, choice.plugin)]]
+
+
+def _collect_rules(pm: PluginManager, lineage: Lineage, taken: Config | DecoderConfig) -> list[list[Stage]]:
+    """Return the rules of every raw config on the way to one that is `taken`."""
     groups: list[list[Stage]] = []
     answered: dict[str, set[str]] = {}
     is_final = False
-    for config in lineage.stages(choice.backend.config):
+    for config in lineage.stages(taken):
         if is_final:
             break
         before = answered.setdefault(model_type_of(config), set())
@@ -305,8 +323,7 @@ def collect_stages(pm: PluginManager, lineage: Lineage, choice: BackendChoice) -
                 raise wrong_answer(pm, answer, "remap_weight", "a function of one Weight or a table")
             groups[-1].append(Stage(rule, answer.plugin))
         is_final = given.is_final
-    own = choice.backend.weight_rule
-    return [*groups, [] if own is None else [Stage(own, choice.plugin)]]
+    return groups
 
 
 @collector_paused()

@@ -111,7 +111,9 @@ class BackendRequest:
     """What is asked of a backend. `lineage` ends with the latest config; take the last one you understand.
 
     `dtype` is the one to compute in and `device` where; `max_model_len` is in tokens, 0 where no config says.
-    `torch_module` asks the plugins' `provide_torch_module` for a `Named` part of a config.
+    `torch_module` asks the plugins' `provide_torch_module` for a `Named` part of a config. `stored_weights` runs the
+    weight rules of the lineage, and has the stored tensors by role of every weight that is quantized in the checkpoint
+    and reaches the last config as it is, under its name there: what a backend may ask for as `NAME:ROLE`.
     """
 
     lineage: tuple[Config | DecoderConfig, ...]
@@ -129,6 +131,7 @@ class BackendRequest:
     torch_module: Callable[[Named, DecoderConfig], Callable[[], Module] | None] = field(
         repr=False, compare=False, default=lambda part, config: None
     )
+    stored_weights: Callable[[], Mapping[str, Mapping[str, str]]] = field(repr=False, compare=False, default=dict)
 
     def decline(self, reason: str) -> Any:  # None; Any lets a typed plugin write `return request.decline(...)`
         """Record why this backend does not take the model, and return `None` for the hook to return."""

@@ -65,10 +65,12 @@ Attention::Attention(const AttentionConfig& config, const std::string& name, int
       layer_(layer),
       hidden_size_(hidden_size),
       is_bf16_(parameters.is_bf16()),
-      qkv_(kernels, packing, (config.num_heads + 2 * config.num_kv_heads) * head_blocks(), hidden_size,
+      qkv_(kernels,
+           parameters.packing_of({name + ".q_proj.weight", name + ".k_proj.weight", name + ".v_proj.weight"}, packing),
+           (config.num_heads + 2 * config.num_kv_heads) * head_blocks(), hidden_size,
            parameters.arena()),
-      output_(kernels, packing, (hidden_size + kBlock - 1) / kBlock, config.num_heads * config.head_dim,
-              parameters.arena()),
+      output_(kernels, parameters.packing_of({name + ".o_proj.weight"}, packing), (hidden_size + kBlock - 1) / kBlock,
+              config.num_heads * config.head_dim, parameters.arena()),
       qkv_bias_(config.has_qkv_bias ? (config.num_heads + 2 * config.num_kv_heads) * config.head_dim : 0),
       output_bias_(config.has_output_bias ? hidden_size : 0) {
   const int64_t counts[] = {config.num_heads, config.num_kv_heads, config.num_kv_heads};

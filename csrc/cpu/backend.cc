@@ -114,7 +114,12 @@ int32_t supports_model(infinilm_backend*, const infinilm_model_request* request,
 
 int32_t model_create(infinilm_backend* backend, const infinilm_model_request* request, infinilm_model** model,
                      infinilm_error* error) {
-  return guard(error, [&] { *model = new infinilm_model(backend, read_request(*request)); });
+  return guard(error, [&] {
+    const Request read = read_request(*request);
+    const std::string left_out = read.options.stored.left_out();
+    if (!left_out.empty()) log(backend->host, INFINILM_LOG_INFO, "cpu backend: " + left_out);
+    *model = new infinilm_model(backend, read);
+  });
 }
 
 void model_destroy(infinilm_model* model) { delete model; }
@@ -128,17 +133,23 @@ Parameter& parameter_at(infinilm_model* model, int64_t index) {
   return model->model.parameters()[index];
 }
 
+const char* dtype_name(const infinilm_model& model, const Parameter& parameter) {
+  if (!parameter.dtype.empty()) return parameter.dtype.c_str();
+  return model.model.is_bf16() ? "bfloat16" : "float32";
+}
+
 int32_t parameter(infinilm_model* model, int64_t index, infinilm_parameter* out, infinilm_error* error) {
   return guard(error, [&] {
     const Parameter& from = parameter_at(model, index);
     infinilm_parameter value = make_struct<infinilm_parameter>();
     value.name = from.name.c_str();
-    value.dtype = model->model.is_bf16() ? "bfloat16" : "float32";
+    value.dtype = dtype_name(*model, from);
     value.tied_to = from.tied_to.empty() ? nullptr : from.tied_to.c_str();
     value.shape = from.shape.data();
     value.num_dims = static_cast<int64_t>(from.shape.size());
-    value.shard_dim = from.shard_dim;
-    value.shard_multiple = from.shard_multiple;
+    // What is stored quantized has other dimensions than its matrix, and is nowhere cut.
+    value.shard_dim = from.dtype.empty() ? from.shard_dim : -1;
+    value.shard_multiple = from.dtype.empty() ? from.shard_multiple : 1;
     give(out, value);
   });
 }
@@ -149,10 +160,11 @@ int32_t open_parameter(infinilm_model* model, int64_t index, DLManagedTensorVers
     const Parameter& wanted = parameter_at(model, index);
     if (!wanted.tied_to.empty()) throw Invalid(wanted.name + " has no buffer: it is tied to " + wanted.tied_to);
     if (!model->open[index].expired()) throw Invalid(wanted.name + " is open already");
-    int64_t num_bytes = model->model.is_bf16() ? 2 : 4;
+    const DLDataType dtype = dtype_of(dtype_name(*model, wanted));
+    int64_t num_bytes = dtype.bits / 8;
     for (int64_t size : wanted.shape) num_bytes *= size;
     const std::shared_ptr<Buffer> memory = model->staging->take(num_bytes);
-    *buffer = lend(memory->data(), dtype_of(model->model.is_bf16() ? "bfloat16" : "float32"), wanted.shape, memory);
+    *buffer = lend(memory->data(), dtype, wanted.shape, memory);
     model->open[index] = memory;
   });
 }
@@ -173,7 +185,7 @@ int32_t close_parameter(infinilm_model* model, int64_t index, infinilm_error* er
 
 int32_t loading_done(infinilm_model* model, infinilm_error* error) {
   return guard(error, [&] {
-    model->model.require_all_loaded();
+    model->model.finish_loading();
     model->is_loaded = true;
     model->staging->end();
   });

@@ -4,12 +4,24 @@
 
 namespace infinilm::cpu {
 
+MlpPackings::MlpPackings(const MlpConfig& config, const std::vector<std::string>& names, Packing otherwise,
+                         const ParameterList& parameters) {
+  std::vector<std::string> in, out;
+  for (const std::string& name : names) {
+    if (config.is_gated) in.push_back(name + ".gate_proj.weight");
+    in.push_back(name + ".up_proj.weight");
+    out.push_back(name + ".down_proj.weight");
+  }
+  gate_up = parameters.packing_of(in, otherwise);
+  down = parameters.packing_of(out, otherwise);
+}
+
 MlpWeights::MlpWeights(const MlpConfig& mlp, const std::string& name, int64_t hidden_size, const Kernels& kernels,
-                       Packing packing, ParameterList& parameters)
+                       MlpPackings packings, ParameterList& parameters)
     : config(mlp),
-      gate_up(kernels, packing, (mlp.intermediate_size + kBlock - 1) / kBlock * (mlp.is_gated ? 2 : 1), hidden_size,
-              parameters.arena()),
-      down(kernels, packing, (hidden_size + kBlock - 1) / kBlock, mlp.intermediate_size, parameters.arena()),
+      gate_up(kernels, packings.gate_up, (mlp.intermediate_size + kBlock - 1) / kBlock * (mlp.is_gated ? 2 : 1),
+              hidden_size, parameters.arena()),
+      down(kernels, packings.down, (hidden_size + kBlock - 1) / kBlock, mlp.intermediate_size, parameters.arena()),
       gate_up_bias(mlp.has_bias ? gate_up.num_blocks() * kBlock : 0),
       down_bias(mlp.has_bias ? hidden_size : 0) {
   const int64_t step = multiple();
@@ -43,7 +55,7 @@ void MlpWeights::activate(const Kernels& kernels, float* products, int64_t strid
 
 Mlp::Mlp(const MlpConfig& config, const std::string& name, int64_t hidden_size, const Kernels& kernels,
          Packing packing, ParameterList& parameters)
-    : weights_(config, name, hidden_size, kernels, packing, parameters) {}
+    : weights_(config, name, hidden_size, kernels, MlpPackings(config, {name}, packing, parameters), parameters) {}
 
 void Mlp::reserve(Workspace& space, int64_t num_tokens) const {
   space.intermediate.reserve(num_tokens * weights_.padded_size() * 4);

@@ -13,11 +13,19 @@
 
 namespace infinilm::cpu {
 
+// How the matrices of MLPs are kept, those of all that `names` has alike.
+struct MlpPackings {
+  MlpPackings(const MlpConfig& config, const std::vector<std::string>& names, Packing otherwise,
+              const ParameterList& parameters);
+
+  Packing gate_up, down;
+};
+
 // The matrices of one MLP. Blocks of gates and of the values they are for take turns, so that a thread that has one has
 // the other.
 struct MlpWeights {
   MlpWeights(const MlpConfig& config, const std::string& name, int64_t hidden_size, const Kernels& kernels,
-             Packing packing, ParameterList& parameters);
+             MlpPackings packings, ParameterList& parameters);
 
   // Put activation(gate) * up, or activation(up), of `height` rows into `out`, whose rows are out_stride apart.
   // `products` are those of the blocks [first_block, first_block + num_blocks).

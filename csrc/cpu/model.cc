@@ -24,7 +24,7 @@ int64_t Workspace::num_bytes() const {
                   partials.size() + rows.num_bytes() + router_logits.size() +
                   expert_outputs.size() + expert_rows.num_bytes();
   for (const ThreadScratch& thread : threads) {
-    total += thread.products.size() + thread.vector.size() + thread.attention.size();
+    total += thread.products.size() + thread.vector.size() + thread.ordered.size() + thread.attention.size();
   }
   return total;
 }
@@ -34,9 +34,11 @@ Model::Model(const DecoderConfig& config, const ModelOptions& options, const Ker
       options_(options),
       kernels_(kernels),
       pool_(pool),
-      parameters_(pool, options.is_bf16),
+      parameters_(pool, options.is_bf16, options.stored),
       embedding_scale_(static_cast<float>(config.embedding_scale)),
-      head_(kernels, options.head_packing, blocks_of(config.vocab_size), config.hidden_size, parameters_.arena()) {
+      head_(kernels,
+            config.is_tied ? options.head_packing : parameters_.packing_of({"lm_head.weight"}, options.head_packing),
+            blocks_of(config.vocab_size), config.hidden_size, parameters_.arena()) {
   const int64_t vocab_size = config.vocab_size, hidden_size = config.hidden_size;
   // The contract rounds the scale to the dtype of the model.
   if (options.is_bf16) embedding_scale_ = bf16_to_float(float_to_bf16(embedding_scale_));
@@ -85,6 +87,11 @@ std::vector<CacheLayout> Model::cache_layouts() const {
   std::vector<CacheLayout> layouts;
   for (const auto& layer : layers_) layouts.emplace_back(layer->mixer(), options_.is_bf16);
   return layouts;
+}
+
+void Model::finish_loading() {
+  require_all_loaded();
+  parameters_.finish();
 }
 
 void Model::require_all_loaded() const {
@@ -186,6 +193,7 @@ void Model::reserve(int64_t num_tokens, int64_t num_rows) {
   space_.rows.reserve(std::max(num_tokens, num_rows), deepest);
   for (ThreadScratch& scratch : space_.threads) {
     scratch.vector.reserve(deepest * 4);
+    scratch.ordered.reserve(deepest * 4);
     scratch.products.reserve(kRowsAtOnce * unit_columns(1) * 4);
   }
   for (const auto& layer : layers_) layer->reserve(space_, num_tokens, plans_[plan_of(layer->mixer())]);

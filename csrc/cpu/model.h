@@ -23,6 +23,7 @@ struct ModelOptions {
   bool is_bf16 = false;  // else float32
   Packing packing;       // of matrices
   Packing head_packing;  // of the output projection, and of an embedding that is tied to it
+  StoredWeights stored;  // what is kept as the checkpoint has it
 };
 
 class Model {
@@ -36,14 +37,15 @@ class Model {
   int64_t num_bytes() const { return parameters_.arena().num_bytes(); }  // of weights that were stored
   int64_t scratch_bytes() const { return space_.num_bytes(); }
 
-  // Throws Invalid naming parameters that were never stored.
-  void require_all_loaded() const;
+  // All parameters are loaded. Throws Invalid naming those that were never stored.
+  void finish_loading();
 
   // Run one step; `logits` is (batch.num_rows, vocab_size). Throws Invalid where the batch points anywhere it should
   // not, Cancelled where `should_stop` said so between two layers.
   void forward(const infinilm_batch& batch, KvCache& cache, float* logits, const std::function<bool()>& should_stop);
 
  private:
+  void require_all_loaded() const;
   void check(const infinilm_batch& batch, const KvCache& cache) const;
   void reserve(int64_t num_tokens, int64_t num_rows);
   void plan(const infinilm_batch& batch);

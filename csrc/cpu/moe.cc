@@ -40,9 +40,13 @@ Moe::Moe(const MlpConfig& config, const std::string& name, int64_t hidden_size, 
     : config_(config), router_(kernels, router_packing, (config.num_experts + kBlock - 1) / kBlock, hidden_size,
               parameters.arena()) {
   parameters.add_matrix(name + ".gate.weight", config.num_experts, &router_, [](int64_t block) { return block; });
+  std::vector<std::string> names;
   for (int64_t expert = 0; expert < config.num_experts; ++expert) {
-    experts_.push_back(std::make_unique<MlpWeights>(config, name + ".experts." + std::to_string(expert), hidden_size,
-                                                    kernels, packing, parameters));
+    names.push_back(name + ".experts." + std::to_string(expert));
+  }
+  const MlpPackings packings(config, names, packing, parameters);
+  for (const std::string& expert : names) {
+    experts_.push_back(std::make_unique<MlpWeights>(config, expert, hidden_size, kernels, packings, parameters));
   }
 }
 
@@ -92,8 +96,14 @@ void Moe::run(const Step& step, int thread, const NormIfAny& norm, bool is_added
                                                              intermediate + (start + row) * stride, stride);
                                 });
                 });
-  const Rows activated = prepare_rows(step, thread, num_choices, config_.intermediate_size, std::nullopt, shape.down,
-                                      [&](int64_t row) { return intermediate + row * stride; });
+  const Rows activated = prepare_rows(
+      step, thread, num_choices, config_.intermediate_size, std::nullopt, shape.down,
+      [&](int64_t row) { return intermediate + row * stride; },
+      [&](int64_t row) -> const PackedMatrix& {
+        const auto starts = routing.starts.begin(), end = starts + config_.num_experts + 1;
+        return experts_[std::upper_bound(starts, end, row) - starts - 1]->down;
+      },
+      kFast);
   float* outputs = step.space.expert_outputs.as<float>();
   share_experts(step, thread, shape.down, num_choices, config_.num_experts, 1,
                 [&](int64_t expert, int64_t first_block, int64_t num_blocks) {
@@ -155,8 +165,17 @@ Rows Moe::gather(const Step& step, int thread, const NormIfAny& norm) const {
       x = step.vector(thread);
     }
     const int32_t* to = step.space.routing.rows.data() + token * num_chosen;
-    put_row(step.kernels, format, rows, to[0], x, step.hidden_size, weights.depth());
-    for (int64_t choice = 1; choice < num_chosen; ++choice) copy_row(format, rows, to[0], rows, to[choice]);
+    const int32_t* chosen = step.space.routing.experts.data() + token * num_chosen;
+    const PackedMatrix& first = experts_[chosen[0]]->gate_up;
+    put_row_for(step, thread, first, rows, to[0], x, step.hidden_size);
+    for (int64_t choice = 1; choice < num_chosen; ++choice) {
+      const PackedMatrix& matrix = experts_[chosen[choice]]->gate_up;
+      if (matrix.order() == first.order()) {
+        copy_row(format, rows, to[0], rows, to[choice]);
+      } else {
+        put_row_for(step, thread, matrix, rows, to[choice], x, step.hidden_size);
+      }
+    }
   });
   return rows;
 }

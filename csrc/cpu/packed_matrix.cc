@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
 
 namespace infinilm::cpu {
 
@@ -68,13 +69,17 @@ void PackedMatrix::pack_block(const SourceMatrix& source, int64_t num_rows, int6
     case WeightFormat::kBf16: return kernels_->pack_floats(rows, out);
     case WeightFormat::kI8: return kernels_->pack_i8(rows, depth_, packing_.group, out);
     case WeightFormat::kI4: return kernels_->pack_i4(rows, depth_, packing_.group, out);
+    case WeightFormat::kI4Zero: throw std::logic_error("weights that are stored so are put into their blocks, not packed");
   }
 }
 
 void PackedMatrix::unpack_row(int64_t feature, float* out) const {
   const std::byte* block = memory_ + feature / kBlock * block_bytes_;
   const int64_t n = feature % kBlock;
-  const std::byte* data = block + (packing_.group ? scale_bytes(depth_, packing_.group) : 0);
+  const bool has_zeros = packing_.format == WeightFormat::kI4Zero;
+  const int64_t group = packing_.group;
+  const int64_t header = has_zeros ? scale_and_zero_bytes(depth_, group) : group ? scale_bytes(depth_, group) : 0;
+  const std::byte* data = block + header;
   for (int64_t k = 0; k < in_features_; ++k) {
     float scale = 1;
     if (packing_.group) {
@@ -93,9 +98,12 @@ void PackedMatrix::unpack_row(int64_t feature, float* out) const {
       case WeightFormat::kI8:
         out[k] = scale * (std::to_integer<int>(data[k / 4 * 64 + n * 4 + k % 4]) - 128);
         break;
-      case WeightFormat::kI4: {
+      case WeightFormat::kI4:
+      case WeightFormat::kI4Zero: {
         const int both = std::to_integer<int>(data[k / 8 * 64 + n * 4 + k % 4]);
-        out[k] = scale * ((k % 8 < 4 ? both & 15 : both >> 4) - 8);
+        const std::byte* zeros = block + (depth_ / group * 2 + k / group) * kBlock;
+        const int zero = has_zeros ? std::to_integer<int>(zeros[n]) : 8;
+        out[k] = scale * ((k % 8 < 4 ? both & 15 : both >> 4) - zero);
         break;
       }
     }

@@ -15,12 +15,13 @@
 namespace infinilm::cpu {
 
 // Rows whose products are held at once before something is done with them.
-constexpr int64_t kRowsAtOnce = 48;
+constexpr int64_t kRowsAtOnce = 64;
 
 // A thread's own memory.
 struct ThreadScratch {
   Buffer products;   // (kRowsAtOnce, columns of a unit) of a product
   Buffer vector;     // a row in float32
+  Buffer ordered;    // the same, in the order of a weight's input features
   Buffer attention;  // attention.cc's
 };
 

@@ -44,10 +44,11 @@ Request read_request(const infinilm_model_request& request) {
   if (std::string(request.device).compare(0, 3, "cpu") != 0) {
     throw Unsupported("the cpu backend runs on the device 'cpu', not on " + quoted(request.device));
   }
-  if (request.stored_quantization != nullptr) {
-    throw Unsupported("the cpu backend does not run weights that a checkpoint keeps quantized");
-  }
   Request read{{}, read_options(request)};
+  // Who asks for a quantization gets that one: what is stored otherwise is dequantized for it.
+  if (request.stored_quantization != nullptr && request.quantization == nullptr) {
+    read.options.stored = StoredWeights(request.stored_quantization);
+  }
   read.config = parse_decoder_config(request.config);
   const int64_t num_positions = read.config.num_positions;
   if (num_positions && request.max_model_len > num_positions) {

@@ -19,7 +19,7 @@ from infinilm.loading.messages import group_messages
 from infinilm.loading.plan import LoadPlan, PlannedParameter
 from infinilm.plugins import create_plugin_manager, trace_lineage
 from infinilm.plugins.lineage import model_type_of
-from infinilm_hookspecs import DecoderConfig, PlanError
+from infinilm_hookspecs import DecoderConfig, PlanError, Quantization
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,6 +121,8 @@ def _walk(
     }
     plan = pipeline.make_plan(pm, checkpoint, lineage, choice)
     report["plan"] = _describe_plan(plan, opened.plugin)
+    if checkpoint.quantization is not None:
+        report["plan"]["quantization"] = _describe_quantization(plan, checkpoint.quantization)
     report["errors"] += group_messages(plan.errors)
     if plan.errors and pm.failures():
         report["errors"].append(pm.failures().strip())
@@ -137,6 +139,12 @@ def _describe_plan(plan: LoadPlan, checkpoint_plugin: str) -> dict[str, Any]:
         "parameters": [_describe_parameter(parameter, checkpoint_plugin) for parameter in plan.parameters],
         "dropped": [{"name": name, "plugin": plugin} for name, plugin in plan.dropped.items()],
     }
+
+
+def _describe_quantization(plan: LoadPlan, quantization: Quantization) -> dict[str, Any]:
+    """Return how many of the weights a checkpoint keeps quantized stay as they are stored."""
+    kept = {name for name, _, role in (p.name.partition(":") for p in plan.parameters) if role}
+    return {"scheme": quantization.scheme, "kept": len(kept), "others": len(quantization.groups) - len(kept)}
 
 
 def _describe_parameter(parameter: PlannedParameter, checkpoint_plugin: str) -> dict[str, Any]:
@@ -191,6 +199,9 @@ def _render_plan(plan: dict[str, Any]) -> list[str]:
     ]
     dropped = [f"  dropped {d['name']} [plugin {d['plugin']}]" for d in plan["dropped"]]
     total = f"{'plan':<11} {plan['num_tensors']} parameters, {plan['num_bytes'] / 1e6:.1f} MB"
+    if "quantization" in plan:
+        stored = plan["quantization"]
+        total += f"; {stored['kept']} weights stay {stored['scheme']}, {stored['others']} are dequantized"
     return [total, *group_messages(rows), *group_messages(dropped)]
 
 

@@ -160,11 +160,10 @@ def _stored_quantization(request: BackendRequest) -> str | None:
         return None
 
     def described(group: Mapping[str, str]) -> dict[str, object]:
-        there = {role: name for role, name in group.items() if name in tensors}
         return {
             role: {"name": name, "shape": list(tensors[name].shape), "dtype": tensors[name].dtype}
-            for role, name in there.items()
+            for role, name in group.items()
         }
 
-    groups = {name: described(group) for name, group in stored.groups.items()}
+    groups = {name: described(group) for name, group in request.stored_weights().items()}
     return json.dumps({"scheme": stored.scheme, "block_shape": list(stored.block_shape), "groups": groups})

@@ -231,6 +231,9 @@ def _host() -> Any:
     return Host(struct_size=ctypes.sizeof(Host), abi_major=1, world_size=1)
 
 
+_DTYPES = {(0, 32): torch.int32, (2, 16): torch.float16, (2, 32): torch.float32, (4, 16): torch.bfloat16}  # DLPack's
+
+
 class CpuBackend:
     """The `Backend` protocol over the table, for one model."""
 
@@ -244,6 +247,7 @@ class CpuBackend:
         *,
         dtype: str = "float32",
         quantization: str | None = None,
+        stored_quantization: str | None = None,
         isa_name: str | None = None,
         num_threads: int = 2,
         max_model_len: int = 0,
@@ -259,6 +263,7 @@ class CpuBackend:
             dtype=dtype.encode(),
             device=b"cpu",
             quantization=quantization and quantization.encode(),
+            stored_quantization=stored_quantization and stored_quantization.encode(),
             max_model_len=max_model_len,
         )
         try:
@@ -293,7 +298,7 @@ class CpuBackend:
         self._open[name] = lent
         tensor = lent.contents.tensor
         shape = tensor.shape[: tensor.ndim]
-        dtype = {16: torch.bfloat16, 32: torch.float32}[tensor.bits]
+        dtype = _DTYPES[tensor.code, tensor.bits]
         num_bytes = int(np.prod(shape)) * tensor.bits // 8
         raw = np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(tensor.data))
         return torch.from_numpy(raw).view(dtype).view(*shape)

@@ -1,7 +1,6 @@
 """Dequantizing at load: the values of every format, blocks read and no more, and a whole model through `LLM`.
 
-fp8 and MXFP4 are held against transformers. For int4 the packers here put numbers where the formats say, one at a
-time: GPTQ as in arXiv:2210.17323's code and GPTQModel, AWQ as AutoAWQ's GEMM layout.
+fp8 and MXFP4 are held against transformers, int4 against the packers of `int4_made`.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints_made import CONFIG, llama_tensors, write_folder
+from int4_made import AWQ, GPTQ, Int4, int4, pack_columns
 from torch import Tensor
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, _dequantize_fp8_weight
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -40,65 +40,7 @@ def random(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-# ---------------------------------------------------------------- reference packers
-
-
-def pack_word(nibbles: list[int]) -> int:
-    """Return eight numbers of four bits as an int32, the first in the lowest bits."""
-    word = sum(nibble << (4 * place) for place, nibble in enumerate(nibbles))
-    return word - 2**32 if word >= 2**31 else word
-
-
-def pack_columns(numbers: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
-    """Return (rows, columns / 8): from the lowest bits on, the columns of eight in `order`."""
-    words = [
-        [pack_word([row[at + place] for place in order]) for at in range(0, len(row), 8)] for row in numbers.tolist()
-    ]
-    return torch.tensor(words, dtype=torch.int32)
-
-
-@dataclass(frozen=True)
-class Int4:
-    """A matrix of four-bit numbers with the zero and the scale of every group, and what it stands for."""
-
-    numbers: Tensor  # (inputs, outputs)
-    zeros: Tensor  # (groups, outputs)
-    scales: Tensor  # (groups, outputs)
-    group: Tensor  # (inputs,)
-
-    @property
-    def value(self) -> Tensor:
-        """(outputs, inputs), as the model has it"""
-        value = (self.numbers - self.zeros[self.group]).to(self.scales.dtype) * self.scales[self.group]
-        return value.t().contiguous()
-
-    def gptq(self, name: str = "", *, version: int = 1, with_groups: bool = True) -> Tensors:
-        less = 1 if version == 1 else 0
-        stored = {
-            "qweight": pack_columns(self.numbers.t()).t().contiguous(),
-            "qzeros": pack_columns(self.zeros - less),
-            "scales": self.scales,
-        }
-        stored |= {"g_idx": self.group.to(torch.int32)} if with_groups else {}
-        return {name + role: tensor for role, tensor in stored.items()}
-
-    def awq(self, name: str = "") -> Tensors:
-        order = (0, 2, 4, 6, 1, 3, 5, 7)
-        stored = {"qweight": pack_columns(self.numbers, order), "qzeros": pack_columns(self.zeros, order)}
-        return {name + role: tensor for role, tensor in (stored | {"scales": self.scales}).items()}
-
-
-def int4(num_inputs: int, num_outputs: int, group_size: int, *, shuffled: bool = False, seed: int = 0) -> Int4:
-    generator = random(seed)
-    size = num_inputs if group_size < 0 else group_size
-    num_groups = -(-num_inputs // size)
-    group = torch.arange(num_inputs) // size
-    if shuffled:
-        group = group[torch.randperm(num_inputs, generator=generator)]
-    numbers = torch.randint(0, 16, (num_inputs, num_outputs), generator=generator)
-    zeros = torch.randint(1, 16, (num_groups, num_outputs), generator=generator)
-    scales = (torch.rand(num_groups, num_outputs, generator=generator) * 0.1 + 0.01).to(torch.float16)
-    return Int4(numbers, zeros, scales, group)
+# ---------------------------------------------------------------- random ones
 
 
 def fp8(shape: tuple[int, ...], block: tuple[int, int], *, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -153,8 +95,6 @@ class Stored:
 
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-GPTQ: Mapping[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
-AWQ: Mapping[str, Any] = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
 MXFP4 = {"quant_method": "mxfp4"}
 
 

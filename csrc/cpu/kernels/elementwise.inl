@@ -11,6 +11,22 @@ void to_bf16(const float* x, int64_t size, uint16_t* out) {
   }
 }
 
+void to_bf16_pairs(const float* x, int64_t size, uint16_t* high, uint16_t* low) {
+  constexpr int64_t kPart = 256;
+  float rest[kPart];
+  to_bf16(x, size, high);
+  for (int64_t begin = 0; begin < size; begin += kPart) {
+    const int64_t part = std::min(kPart, size - begin);
+    for (int64_t i = 0; i < part; ++i) {
+      const uint32_t bits = static_cast<uint32_t>(high[begin + i]) << 16;
+      float rounded;
+      std::memcpy(&rounded, &bits, 4);
+      rest[i] = x[begin + i] - rounded;
+    }
+    to_bf16(rest, part, low + begin);
+  }
+}
+
 void to_i8(const float* x, int64_t size, int8_t* out, float* scales, int32_t* sums) {
   for (int64_t group = 0; group < size / kGroup; ++group, x += kGroup, out += kGroup) {
     VF peak = VF{};
@@ -26,6 +42,29 @@ void to_i8(const float* x, int64_t size, int8_t* out, float* scales, int32_t* su
       }
     }
     scales[group] = most / 127.0f;
+    sums[group] = total;
+  }
+}
+
+// Levels of 15 bits, 127 * 128 either way, as a high byte of at most 127 and a low one of at most 64.
+void to_i8_pairs(const float* x, int64_t size, int8_t* out, float* scales, int32_t* sums) {
+  constexpr float kMost = 127 * 128;
+  for (int64_t group = 0; group < size / kGroup; ++group, x += kGroup, out += 2 * kGroup) {
+    VF peak = VF{};
+    for (int i = 0; i < kGroup; i += kWidth) peak = max(peak, magnitude(load(x + i)));
+    const float most = largest(peak);
+    const float inverse = most > 0 ? kMost / most : 0;
+    int32_t total = 0;
+    for (int i = 0; i < kGroup; i += kWidth) {
+      const VI rounded = as_bits(load(x + i) * inverse + kRounder) - kRounderBits;
+      const VI high = (rounded + 64) >> 7, low = rounded - (high << 7);
+      for (int j = 0; j < kWidth; ++j) {
+        out[i + j] = static_cast<int8_t>(high[j]);
+        out[kGroup + i + j] = static_cast<int8_t>(low[j]);
+        total += rounded[j];
+      }
+    }
+    scales[group] = most / kMost;
     sums[group] = total;
   }
 }

@@ -187,6 +187,9 @@ struct Int8 {
     }
   }
   static constexpr int kOffset = 128;
+  static constexpr bool kHasZeros = false;
+  static constexpr int kHeaderBytes = 2;  // of a group and an output feature
+  static constexpr int kRowBytes = kGroup;
 };
 
 // int4 weights w + 8, [depth / 8][16][4 bytes]: the low halves are the first four input features, the high ones the
@@ -220,13 +223,47 @@ struct Int4 {
     }
   }
   static constexpr int kOffset = 8;
+  static constexpr bool kHasZeros = false;
+  static constexpr int kHeaderBytes = 2;
+  static constexpr int kRowBytes = kGroup;
 };
+
+// int4 weights as Int4's, each with a zero that its group and output feature have, against levels of 15 bits: of what
+// was quantized by somebody else as little as possible is to be lost, and few rows wait for memory anyway.
+struct Int4Zero {
+  static constexpr int kGroupBytes = Int4::kGroupBytes;
+
+  template <int R, int B>
+  INFINILM_INLINE void group(VI (&sums)[R][B][kVectors], const std::byte* x, int64_t x_stride, const std::byte* w,
+                             int64_t w_stride) {
+    Int4::group<R, B>(sums, x, x_stride, w, w_stride);
+    for (int r = 0; r < R; ++r) {
+      for (int b = 0; b < B; ++b) {
+        for (int v = 0; v < kVectors; ++v) sums[r][b][v] <<= 7;
+      }
+    }
+    Int4::group<R, B>(sums, x + kGroup, x_stride, w, w_stride);
+  }
+  static constexpr int kOffset = 0;
+  static constexpr bool kHasZeros = true;
+  static constexpr int kHeaderBytes = 3;
+  static constexpr int kRowBytes = 2 * kGroup;
+};
+
+typedef uint8_t VB __attribute__((vector_size(kWidth)));
+typedef uint8_t UnalignedVB __attribute__((vector_size(kWidth), aligned(1), may_alias));
+
+INFINILM_INLINE VF load_bytes(const std::byte* p) {
+  const VB bytes = *reinterpret_cast<const UnalignedVB*>(p);
+  return __builtin_convertvector(__builtin_convertvector(bytes, VI), VF);
+}
 
 template <class Format, int R, int B>
 void int_tile(const Rows& rows, const Panel& weights, bool, float* out, int64_t out_stride) {
   Sums<R, B> total;
   clear(total);
-  const int64_t header = (weights.depth / weights.group * kBlock * 2 + 63) / 64 * 64;
+  const int64_t num_scales = weights.depth / weights.group;
+  const int64_t header = (num_scales * kBlock * Format::kHeaderBytes + 63) / 64 * 64;
   const int64_t groups_per_scale = weights.group / kGroup;
   for (int64_t g = 0; g < weights.depth / kGroup; ++g) {
     const std::byte* w = weights.data + header + g * Format::kGroupBytes;
@@ -245,14 +282,22 @@ void int_tile(const Rows& rows, const Panel& weights, bool, float* out, int64_t 
         }
       }
     }
-    Format::template group<R, B>(sums, rows.data + g * kGroup, rows.stride, w, weights.stride);
+    Format::template group<R, B>(sums, rows.data + g * Format::kRowBytes, rows.stride, w, weights.stride);
     const std::byte* scales = weights.data + g / groups_per_scale * kBlock * 2;
     for (int b = 0; b < B; ++b) {
       for (int v = 0; v < kVectors; ++v) {
         const VF scale = load_half(scales + b * weights.stride + v * kWidth * 2);
+        [[maybe_unused]] VF zero;
+        if constexpr (Format::kHasZeros) {
+          zero = load_bytes(weights.data + (num_scales * 2 + g / groups_per_scale) * kBlock + b * weights.stride +
+                            v * kWidth);
+        }
         for (int r = 0; r < R; ++r) {
-          total.at[r][b][v] +=
-              __builtin_convertvector(sums[r][b][v], VF) * (scale * all(rows.scales[r * rows.num_groups + g]));
+          VF products = __builtin_convertvector(sums[r][b][v], VF);
+          if constexpr (Format::kHasZeros) {  // both are integers below 2^24
+            products -= zero * all(static_cast<float>(rows.sums[r * rows.num_groups + g]));
+          }
+          total.at[r][b][v] += products * (scale * all(rows.scales[r * rows.num_groups + g]));
         }
       }
     }

@@ -17,7 +17,6 @@ constexpr int64_t kTile = 16;            // rows, and pairs of input features
 constexpr int64_t kStepDepth = 2 * kTile;
 constexpr int64_t kStepBytes = 64;       // of a row
 constexpr int64_t kWeightBytes = 64 * kTile;
-constexpr int64_t kFewRows = 4;
 constexpr int64_t kStepsAtOnce = 16;     // 32 rows of so many steps stay in the first cache
 
 // GCC's intrinsics do not say what memory they read: what was written before must be there.
@@ -89,19 +88,6 @@ inline void tile_steps(const std::byte* x, int64_t x_stride, const std::byte* w,
   finish_writes();
 }
 
-// high + low = x
-void split(const Kernels& kernels, const float* x, int64_t size, uint16_t* high, uint16_t* low) {
-  kernels.to_bf16(x, size, high);
-  float rest[kStepsAtOnce * kStepDepth];
-  for (int64_t i = 0; i < size; ++i) {
-    const uint32_t bits = static_cast<uint32_t>(high[i]) << 16;
-    float rounded;
-    std::memcpy(&rounded, &bits, 4);
-    rest[i] = x[i] - rounded;
-  }
-  kernels.to_bf16(rest, size, low);
-}
-
 // All rows and blocks, for the input features of `num_steps` steps.
 void multiply_steps(const std::byte* x, int64_t x_stride, int64_t num_rows, const std::byte* w, int64_t w_stride,
                     int64_t num_blocks, int64_t num_steps, int64_t num_pairs, bool is_first, float* out,
@@ -133,7 +119,7 @@ void for_runs(int64_t depth, const MultiplyRun& multiply_run) {
 
 void gemm_bf16(const Rows& rows, int64_t num_rows, const Panel& weights, int64_t num_blocks, float* out,
                int64_t out_stride) {
-  if (num_rows <= kFewRows) {
+  if (num_rows < kManyRows) {
     avx512_bf16::table().gemm_bf16(rows, num_rows, weights, num_blocks, out, out_stride);
     return;
   }
@@ -144,31 +130,17 @@ void gemm_bf16(const Rows& rows, int64_t num_rows, const Panel& weights, int64_t
   _tile_release();
 }
 
-// A float is the sum of two bf16 within 2^-17: twice the products, and none of the rounding.
-void gemm_bf16_by_f32(const Rows& rows, int64_t num_rows, const Panel& weights, int64_t num_blocks, float* out,
-                      int64_t out_stride) {
-  const Kernels& below = avx512_bf16::table();
-  if (num_rows <= kFewRows) {
-    below.gemm_bf16_by_f32(rows, num_rows, weights, num_blocks, out, out_stride);
-    return;
-  }
-  constexpr int64_t kRunDepth = kStepsAtOnce * kStepDepth, kRunBytes = kRunDepth * 2;
-  alignas(64) uint16_t high[2 * kTile * kRunDepth], low[2 * kTile * kRunDepth];
-  for (int64_t first = 0; first < num_rows; first += 2 * kTile) {
-    const int64_t height = std::min(num_rows - first, 2 * kTile);
-    for_runs(weights.depth, [&](int64_t step, int64_t num_steps, int64_t num_pairs) {
-      const int64_t depth = (num_steps - 1) * kStepDepth + 2 * num_pairs;
-      for (int64_t row = 0; row < height; ++row) {
-        const std::byte* x = rows.data + (first + row) * rows.stride + step * kStepDepth * 4;
-        split(below, reinterpret_cast<const float*>(x), depth, high + row * kRunDepth, low + row * kRunDepth);
-      }
-      for (const uint16_t* half : {high, low}) {
-        multiply_steps(reinterpret_cast<const std::byte*>(half), kRunBytes, height, weights.data + step * kWeightBytes,
-                       weights.stride, num_blocks, num_steps, num_pairs, step == 0 && half == high,
-                       out + first * out_stride, out_stride);
-      }
-    });
-  }
+// Twice the products, and none of the rounding.
+void gemm_bf16_by_pairs(const Rows& rows, int64_t num_rows, const Panel& weights, int64_t num_blocks, float* out,
+                        int64_t out_stride) {
+  const int64_t half_bytes = (weights.depth + kGroup - 1) / kGroup * kGroup * 2;
+  for_runs(weights.depth, [&](int64_t step, int64_t num_steps, int64_t num_pairs) {
+    for (int64_t half = 0; half < 2; ++half) {
+      multiply_steps(rows.data + half * half_bytes + step * kStepBytes, rows.stride, num_rows,
+                     weights.data + step * kWeightBytes, weights.stride, num_blocks, num_steps, num_pairs,
+                     step == 0 && half == 0, out, out_stride);
+    }
+  });
   _tile_release();
 }
 
@@ -176,7 +148,8 @@ Kernels make_table() {
   Kernels table = avx512_bf16::table();
   table.isa = Isa::kAvx512Amx;
   table.gemm_bf16 = gemm_bf16;
-  table.gemm_bf16_by_f32 = gemm_bf16_by_f32;
+  table.gemm_bf16_by_pairs = gemm_bf16_by_pairs;
+  table.many_bf16_rows = RowFormat::kBf16Pair;
   return table;
 }
 

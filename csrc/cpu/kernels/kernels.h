@@ -18,17 +18,22 @@ constexpr int64_t kMaxGroup = 128;      // weights that share a scale, at most
 constexpr int64_t kAttentionChunk = 8;  // cache blocks whose scores are held at once
 
 // How weights are kept.
-enum class WeightFormat { kF32, kBf16, kI8, kI4 };
+enum class WeightFormat { kF32, kBf16, kI8, kI4, kI4Zero };
 
-// How a kernel wants its activations.
-enum class RowFormat { kF32, kBf16, kI8 };
+// How a kernel wants its activations. kBf16Pair is the sum of two bf16, within 2^-17: all high ones of a row, zeros up to
+// a multiple of 32, then all low ones. kI8Pair is levels of 15 bits, 128 * high + low: the 32 high bytes of a group, then
+// its 32 low ones.
+enum class RowFormat { kF32, kBf16, kI8, kI8Pair, kBf16Pair };
+
+// With fewer rows than this a product waits for memory, whatever multiplies.
+constexpr int64_t kManyRows = 5;
 
 // Rows of activations: row r begins `stride` bytes behind row r - 1, and is zero from its last element to the depth of
 // the weights it meets.
 struct Rows {
   const std::byte* data = nullptr;
   int64_t stride = 0;
-  // int8 only, [row][num_groups]: what each group of 32 is multiplied by, and its sum.
+  // Of levels only, [row][num_groups]: what each group of 32 is multiplied by, and its sum.
   const float* scales = nullptr;
   const int32_t* sums = nullptr;
   int64_t num_groups = 0;
@@ -85,10 +90,11 @@ struct AttentionTile {
 
 struct Kernels {
   Isa isa;
-  RowFormat bf16_rows;  // what gemm_bf16 wants: bf16 where the processor multiplies it, else f32
+  RowFormat bf16_rows;       // what gemm_bf16 wants: bf16 where the processor multiplies it, else f32
+  RowFormat many_bf16_rows;  // what is best for many rows that must not be rounded: f32 or pairs
 
-  Gemm gemm_f32, gemm_bf16, gemm_i8, gemm_i4;
-  Gemm gemm_bf16_by_f32;  // bf16 weights and f32 rows
+  Gemm gemm_f32, gemm_bf16, gemm_i8, gemm_i4, gemm_i4_zero;
+  Gemm gemm_bf16_by_f32, gemm_bf16_by_pairs;  // bf16 weights, and rows that are f32 or kBf16Pair; pairs where wanted
 
   // Keys and values in f32 or in bf16, queries in f32.
   void (*attend_f32)(const AttentionTile& tile);
@@ -96,8 +102,11 @@ struct Kernels {
 
   // Round to nearest even.
   void (*to_bf16)(const float* x, int64_t size, uint16_t* out);
+  // x = high + low
+  void (*to_bf16_pairs)(const float* x, int64_t size, uint16_t* high, uint16_t* low);
   // `size` is a multiple of 32.
   void (*to_i8)(const float* x, int64_t size, int8_t* out, float* scales, int32_t* sums);
+  void (*to_i8_pairs)(const float* x, int64_t size, int8_t* out, float* scales, int32_t* sums);
   // x * weight / rms(x), plus bias where there is one.
   void (*rms_norm)(const float* x, int64_t size, const float* weight, const float* bias, float eps, float* out);
   void (*layer_norm)(const float* x, int64_t size, const float* weight, const float* bias, float eps, float* out);
@@ -121,7 +130,7 @@ struct Kernels {
   Gemm gemm(WeightFormat weights, RowFormat rows) const;
   // The fastest for these weights, and the one that rounds nothing off unless weights are integers.
   RowFormat row_format(WeightFormat format) const;
-  RowFormat exact_row_format(WeightFormat format) const;
+  RowFormat exact_row_format(WeightFormat format, int64_t num_rows) const;
 };
 
 // The table for a level. Throws std::logic_error where this build has none.
@@ -133,8 +142,9 @@ int64_t attention_scratch_bytes(int64_t num_rows, int64_t head_dim);
 int64_t depth_multiple(WeightFormat format, int64_t group);
 
 // Bytes of a block of 16 output features. int8 and int4 begin with their scales, fp16 [depth / group][16], padded to
-// a multiple of 64.
+// a multiple of 64; those of kI4Zero are followed by zeros, bytes [depth / group][16], and both are padded together.
 int64_t block_bytes(WeightFormat format, int64_t depth, int64_t group);
 int64_t scale_bytes(int64_t depth, int64_t group);
+int64_t scale_and_zero_bytes(int64_t depth, int64_t group);
 
 }  // namespace infinilm::cpu

@@ -99,7 +99,9 @@ int main(int argc, char** argv) {
                           {"bf16", {WeightFormat::kBf16, 0}},
                           {"int8", {WeightFormat::kI8, 32}},
                           {"int4", {WeightFormat::kI4, 32}},
-                          {"int4-g128", {WeightFormat::kI4, 128}}};
+                          {"int4-g128", {WeightFormat::kI4, 128}},
+                          {"stored-g32", {WeightFormat::kI4Zero, 32}},
+                          {"stored-g128", {WeightFormat::kI4Zero, 128}}};
   for (const Shape& shape : shapes) {
     for (int64_t depth : {896, 2048, 4864}) {
       const int64_t bytes = block_bytes(shape.packing.format, depth, shape.packing.group);
@@ -109,7 +111,7 @@ int main(int argc, char** argv) {
       const RowFormat format = kernels.row_format(shape.packing.format);
       RowBuffer buffer;
       buffer.reserve(48, depth);
-      std::printf("%-10s depth %5ld:", shape.name, static_cast<long>(depth));
+      std::printf("%-11s depth %5ld:", shape.name, static_cast<long>(depth));
       for (int64_t num_rows : {1, 2, 4, 8, 16, 48}) {
         const Rows rows = buffer.rows(format, num_rows, depth);
         for (int64_t row = 0; row < num_rows; ++row) put_row(kernels, format, rows, row, x.data(), depth, depth);

@@ -153,7 +153,9 @@ typedef struct infinilm_model_request {
   const char *device;       /* "cpu", "cuda:1", ... */
   const char *quantization; /* what the user asked to quantize to at load, such as "int8"; NULL: nothing */
   /* How the checkpoint is quantized, NULL where it is not: {"scheme": "gptq", "block_shape": [1, 128], "groups":
-   * {"model.layers.0.mlp.up_proj.weight": {"weight": {"name": ..., "shape": [...], "dtype": "int32"}, ...}}}. */
+   * {"model.layers.0.mlp.up_proj.weight": {"weight": {"name": ..., "shape": [...], "dtype": "int32"}, ...}}}. A group has
+   * the name of its parameter. One that a model's weight rules changed otherwise is not there, and is dequantized, as is
+   * every one whose parts the backend does not ask for. */
   const char *stored_quantization;
   int64_t max_model_len; /* in tokens; 0: nobody said */
   int64_t max_num_seqs;
