@@ -35,7 +35,7 @@ Model::Model(const DecoderConfig& config, const ModelOptions& options, const Ker
       kernels_(kernels),
       pool_(pool),
       parameters_(pool, options.is_bf16),
-      positions_(config.num_positions * config.hidden_size),
+      positions_(config.num_positions * config.hidden_size * 4),
       embedding_scale_(static_cast<float>(config.embedding_scale)),
       head_(kernels, options.head_packing, blocks_of(config.vocab_size), config.hidden_size, parameters_.arena()) {
   const int64_t vocab_size = config.vocab_size, hidden_size = config.hidden_size;
@@ -52,7 +52,7 @@ Model::Model(const DecoderConfig& config, const ModelOptions& options, const Ker
   }
   if (config.num_positions) {
     Parameter& positions = parameters_.add_vector("model.embed_positions.weight", config.num_positions * hidden_size,
-                                                  positions_.data());
+                                                  positions_.as<float>());
     positions.shape = {config.num_positions, hidden_size};
   }
   const Packing float_packing{options.is_bf16 ? WeightFormat::kBf16 : WeightFormat::kF32, 0};
@@ -85,7 +85,7 @@ std::vector<CacheLayout> Model::cache_layouts() const {
 }
 
 int64_t Model::num_bytes() const {
-  int64_t total = embedding_.size() + static_cast<int64_t>(positions_.size()) * 4 + head_.num_bytes();
+  int64_t total = embedding_.size() + positions_.size() + head_.num_bytes();
   for (const auto& layer : layers_) total += layer->num_bytes();
   return total;
 }
@@ -127,6 +127,8 @@ void Model::forward(const infinilm_batch& batch, KvCache& cache, float* logits,
 }
 
 void Model::check(const infinilm_batch& batch, const KvCache& cache) const {
+  if (batch.num_sequences < 1) refuse("number of sequences", batch.num_sequences, 0);
+  if (batch.num_rows < 0) refuse("number of rows", batch.num_rows, 0);
   if (batch.num_tokens < 1 || batch.query_starts[0] != 0 ||
       batch.query_starts[batch.num_sequences] != batch.num_tokens) {
     refuse("number of tokens", batch.num_tokens, 0);
@@ -145,7 +147,7 @@ void Model::check(const infinilm_batch& batch, const KvCache& cache) const {
   for (int64_t s = 0; s < batch.num_sequences; ++s) {
     const int64_t begin = batch.query_starts[s], end = batch.query_starts[s + 1], length = batch.context_lengths[s];
     if (begin >= end || end > batch.num_tokens) refuse("query start", begin, s);
-    if (length > batch.max_blocks * kBlock) refuse("context length", length, s);
+    if (blocks_of(length) > batch.max_blocks) refuse("context length", length, s);
     for (int64_t row = begin; row < end; ++row) {
       if (batch.positions[row] != length - (end - row)) refuse("position", batch.positions[row], row);
     }
@@ -228,7 +230,7 @@ void Model::embed(int64_t token, int64_t position, float* out) const {
     std::memcpy(out, embedding_.as<float>() + token * size, size * 4);
   }
   for (int64_t i = 0; embedding_scale_ != 1 && i < size; ++i) out[i] *= embedding_scale_;
-  if (config_.num_positions) kernels_.add(out, positions_.data() + position * size, size, 1);
+  if (config_.num_positions) kernels_.add(out, positions_.as<float>() + position * size, size, 1);
 }
 
 void Model::finish(const Step& step, int thread, float* logits) const {

@@ -58,7 +58,7 @@ class Model {
   ThreadPool& pool_;
   ParameterList parameters_;
   Buffer embedding_;           // (vocab_size, hidden_size) as the host has it, where it is not tied
-  std::vector<float> positions_;  // (num_positions, hidden_size)
+  Buffer positions_;           // (num_positions, hidden_size) in float32
   float embedding_scale_;
   std::vector<std::unique_ptr<Layer>> layers_;
   NormIfAny final_norm_;
