@@ -107,6 +107,27 @@ void test_int4_error(const Kernels& kernels) {
   }
 }
 
+// Scales are numbers that fp16 has, down to its subnormal ones and up to its largest.
+void test_scales(const Kernels& kernels) {
+  for (float peak : {2e-6f, 2e-5f, 1e-3f, 1.0f, 1e5f, 1e6f, 1e7f, 1e9f}) {
+    const std::string what = std::string(isa_name(kernels.isa)) + " of " + std::to_string(peak);
+    std::vector<float> x = random_floats(32, peak / 4);
+    x[5] = peak;
+    for (float& value : x) value = std::clamp(value, -peak, peak);
+    uint8_t levels[32];
+    const float scale = kernels.quantize_i8(x.data(), 32, levels);
+    CHECK(std::fabs(scale - std::min(peak / 127, 65504.0f)) <= std::max(0x1p-25f, scale * 0x1p-11f), what);
+    CHECK(half_to_float(float_to_half(scale)) == scale, what);
+    for (int i = 0; i < 32; ++i) {
+      const double error = std::fabs(x[i] - static_cast<double>(scale) * (levels[i] - 128));
+      CHECK(error <= 0.5001 * scale + std::max(std::fabs(x[i]) - 127.0 * scale, 0.0), what);
+    }
+    const float coarse = kernels.quantize_i4(x.data(), 32, levels);
+    CHECK(half_to_float(float_to_half(coarse)) == coarse && std::fabs(coarse) >= std::min(peak / 9.01f, 65504.0f) - 0x1p-25f,
+          what + ": " + std::to_string(coarse));
+  }
+}
+
 void test_gemm(const Kernels& kernels, const Case& kind, int64_t m, int64_t n, int64_t k) {
   const std::string what = std::string(isa_name(kernels.isa)) + " " + kind.name + " " + std::to_string(m) + " rows, " +
                            std::to_string(n) + " by " + std::to_string(k);
@@ -188,7 +209,7 @@ void test_activations(const Kernels& kernels) {
       for (size_t i = 0; i < out.size(); ++i) {
         const float gate = x[i / 16 * 32 + i % 16], up = x[i / 16 * 32 + 16 + i % 16];
         const double wanted = function(gate) * up;
-        CHECK(std::fabs(out[i] - wanted) <= 2e-6 * (1 + std::fabs(wanted)), what + " of " + std::to_string(gate));
+        CHECK(std::fabs(out[i] - wanted) <= 5e-7 * (1 + std::fabs(gate)) * (1 + std::fabs(up)), what + " of " + std::to_string(gate));
       }
       for (size_t i = 0; i < single.size(); ++i) {
         CHECK(std::fabs(single[i] - function(x[i])) <= 2e-6 * (1 + std::fabs(x[i])), what);
@@ -345,9 +366,11 @@ int main() {
         test_gemm(kernels, kind, m, 48, 131);
       }
       for (int64_t m : {12, 13, 25, 48}) test_gemm(kernels, kind, m, 83, 259);
+      for (int64_t m : {5, 13}) test_gemm(kernels, kind, m, 37, 1501);  // depths that are taken in parts
     }
     test_extreme_integers(kernels);
     test_int4_error(kernels);
+    test_scales(kernels);
     test_activations(kernels);
     test_rows(kernels);
     test_rounding(kernels);
