@@ -79,6 +79,10 @@ inline std::vector<std::pair<std::string, std::string>> all_configs() {
     parts.mixer = rope("\"kind\": \"yarn\", \"factor\": 4.0, \"original_max_position_embeddings\": 32, "
                        "\"attention_factor\": 0.9, \"beta_fast\": 20.0, \"beta_slow\": 2.0, \"truncate\": false");
   });
+  add("yarn over all pairs", [](Parts& parts) {
+    parts.mixer = rope("\"kind\": \"yarn\", \"factor\": 4.0, \"original_max_position_embeddings\": 4096, "
+                       "\"attention_factor\": 1.0, \"beta_fast\": 600.0");
+  });
   add("gpt2", [](Parts& parts) {
     parts.mixer = heads("\"qkv_bias\": true, \"output_bias\": true");
     parts.mlp = "\"kind\": \"mlp\", \"intermediate_size\": 43, \"activation\": \"gelu_tanh\", \"bias\": true, \"gated\": false";

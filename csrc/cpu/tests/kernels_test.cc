@@ -147,6 +147,7 @@ void test_gemm(const Kernels& kernels, const Case& kind, int64_t m, int64_t n, i
   RowBuffer buffer;
   buffer.reserve(m, matrix.depth());
   const Rows rows = buffer.rows(format, m, matrix.depth());
+  std::memset(const_cast<std::byte*>(rows.data), 0xff, m * rows.stride);  // others left what is no number
   std::vector<double> wanted;
   for (int64_t row = 0; row < m; ++row) {
     put_row(kernels, format, rows, row, x.data() + row * k, k, matrix.depth());
