@@ -11,9 +11,12 @@ namespace {
 
 [[noreturn]] void decline(const std::string& reason) { throw Unsupported("the cpu backend does not run " + reason); }
 
-int64_t positive(Fields& fields, const char* key) {
+// Far above any model's, and so few that the bytes of two of these multiplied can be counted in an int64_t.
+constexpr int64_t kLargestSize = 1 << 24, kMostExperts = 1 << 12, kLongestContext = INT32_MAX;
+
+int64_t positive(Fields& fields, const char* key, int64_t most = kLargestSize) {
   const int64_t value = fields.integer(key);
-  if (value < 1) decline("a model whose " + fields.place(key) + " is " + std::to_string(value));
+  if (value < 1 || value > most) decline("a model whose " + fields.place(key) + " is " + std::to_string(value));
   return value;
 }
 
@@ -56,7 +59,7 @@ void parse_scaling(Fields& fields, RopeConfig* rope) {
     decline(fields.path() + ": its kind is '" + kind + "'");
   }
   rope->factor = fields.number("factor");
-  if (kind != "linear") rope->original_max_position_embeddings = positive(fields, "original_max_position_embeddings");
+  if (kind != "linear") rope->original_max_position_embeddings = positive(fields, "original_max_position_embeddings", kLongestContext);
 }
 
 RopeConfig parse_rope(const Json& json, const std::string& path, int64_t head_dim) {
@@ -94,12 +97,15 @@ void parse_attention(Fields& fields, AttentionConfig* mixer) {
   mixer->scale = fields.number("scale", 1 / std::sqrt(static_cast<double>(mixer->head_dim)));
   mixer->has_qkv_bias = fields.flag("qkv_bias", false);
   mixer->has_output_bias = fields.flag("output_bias", false);
-  if (fields.find("sliding_window")) mixer->sliding_window = positive(fields, "sliding_window");
+  if (fields.find("sliding_window")) mixer->sliding_window = positive(fields, "sliding_window", kLongestContext);
   if (fields.find("softcap")) {
     mixer->softcap = fields.number("softcap");
     if (mixer->softcap <= 0) decline(path + ": scores cannot be capped at " + std::to_string(mixer->softcap));
   }
   mixer->query_key_norm = parse_norm_if_any(fields, "query_key_norm");
+  if (mixer->num_heads > kLargestSize / mixer->head_dim) {
+    decline(path + ": " + std::to_string(mixer->num_heads) + " heads of " + std::to_string(mixer->head_dim));
+  }
   if (mixer->num_heads % mixer->num_kv_heads) {
     decline(path + ": " + std::to_string(mixer->num_heads) + " query heads cannot share " +
             std::to_string(mixer->num_kv_heads) + " key-value heads evenly");
@@ -124,7 +130,7 @@ MlpConfig parse_mlp(Fields& fields) {
     mlp.is_gated = fields.flag("gated", true);
     return mlp;
   }
-  mlp.num_experts = positive(fields, "num_experts");
+  mlp.num_experts = positive(fields, "num_experts", kMostExperts);
   mlp.experts_per_token = positive(fields, "experts_per_token");
   mlp.normalize = fields.flag("normalize", false);
   if (mlp.experts_per_token > mlp.num_experts) {

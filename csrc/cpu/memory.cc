@@ -8,12 +8,13 @@
 #include <utility>
 
 #include "errors.h"
+#include "guarded_pages.h"
 
 namespace infinilm::cpu {
 
 namespace {
 
-constexpr int64_t kSmallPage = 4 << 10, kHugePage = 2 << 20, kArenaChunk = 64 << 20;
+constexpr int64_t kSmallPage = 4 << 10, kHugePage = 2 << 20, kArenaChunk = kGuardsPages ? 0 : 64 << 20;
 
 int64_t meminfo(const std::string& wanted) {
   std::ifstream file("/proc/meminfo");
@@ -24,16 +25,24 @@ int64_t meminfo(const std::string& wanted) {
   return -1;
 }
 
+[[noreturn]] void refuse(int64_t num_bytes) {
+  throw OutOfMemory("no room for " + std::to_string(num_bytes) + " bytes; " + std::to_string(available_memory()) +
+                    " are available");
+}
+
 }  // namespace
 
 Buffer::Buffer(int64_t num_bytes) {
   if (num_bytes <= 0) return;
+  if (kGuardsPages) {
+    data_ = map_guarded(num_bytes);
+    if (data_ == nullptr) refuse(num_bytes);
+    size_ = num_bytes;
+    return;
+  }
   const int64_t spare = num_bytes >= kHugePage ? kHugePage : 0;
   void* pages = mmap(nullptr, num_bytes + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (pages == MAP_FAILED) {
-    throw OutOfMemory("no room for " + std::to_string(num_bytes) + " bytes; " + std::to_string(available_memory()) +
-                      " are available");
-  }
+  if (pages == MAP_FAILED) refuse(num_bytes);
   data_ = static_cast<std::byte*>(pages);
   size_ = num_bytes;
   if (spare == 0) return;
@@ -48,7 +57,12 @@ Buffer::Buffer(int64_t num_bytes) {
 }
 
 Buffer::~Buffer() {
-  if (data_ != nullptr) munmap(data_, size_);
+  if (data_ == nullptr) return;
+  if (kGuardsPages) {
+    unmap_guarded(data_, size_);
+  } else {
+    munmap(data_, size_);
+  }
 }
 
 Buffer::Buffer(Buffer&& other) noexcept
@@ -63,7 +77,7 @@ Buffer& Buffer::operator=(Buffer&& other) noexcept {
 void Buffer::reserve(int64_t num_bytes) {
   if (num_bytes <= size_) return;
   *this = Buffer();
-  *this = Buffer(num_bytes + num_bytes / 4);
+  *this = Buffer(kGuardsPages ? num_bytes : num_bytes + num_bytes / 4);
 }
 
 std::byte* Arena::take(int64_t num_bytes) {

@@ -131,6 +131,8 @@ void Model::forward(const infinilm_batch& batch, KvCache& cache, float* logits,
 }
 
 void Model::check(const infinilm_batch& batch, const KvCache& cache) const {
+  if (batch.num_sequences < 1) refuse("number of sequences", batch.num_sequences, 0);
+  if (batch.num_rows < 0) refuse("number of rows", batch.num_rows, 0);
   if (batch.num_tokens < 1 || batch.query_starts[0] != 0 ||
       batch.query_starts[batch.num_sequences] != batch.num_tokens) {
     refuse("number of tokens", batch.num_tokens, 0);
@@ -149,7 +151,7 @@ void Model::check(const infinilm_batch& batch, const KvCache& cache) const {
   for (int64_t s = 0; s < batch.num_sequences; ++s) {
     const int64_t begin = batch.query_starts[s], end = batch.query_starts[s + 1], length = batch.context_lengths[s];
     if (begin >= end || end > batch.num_tokens) refuse("query start", begin, s);
-    if (length > batch.max_blocks * kBlock) refuse("context length", length, s);
+    if (blocks_of(length) > batch.max_blocks) refuse("context length", length, s);
     for (int64_t row = begin; row < end; ++row) {
       if (batch.positions[row] != length - (end - row)) refuse("position", batch.positions[row], row);
     }

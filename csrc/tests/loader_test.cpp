@@ -114,6 +114,15 @@ void live(const std::shared_ptr<Library> &library, int number) {
   require(static_cast<float *>(kept->dl_tensor.data)[0] == static_cast<float>(number), "a kept buffer");
 }
 
+void live_shortly(const std::shared_ptr<Library> &library) {
+  const auto model = Model::create(library, request());
+  model->create_cache(4, 1);
+  const Buffer kept = model->open(0);
+  model->close(0);
+  model->loading_done();
+  require(step(*model, 3) == 3, "logits of a short life");
+}
+
 void refuse(const std::string &path, const char *stage) {
   try {
     load_library(path);
@@ -140,6 +149,52 @@ void cancel_a_step(const std::shared_ptr<Library> &library) {
   runner.join();
 }
 
+std::atomic<int> num_logged{0};
+
+// What is asked and said by some threads while others run models: of one library, whose calls are kept apart, and of one
+// whose calls may overlap.
+void ask_meanwhile(const std::shared_ptr<Library> &library, const std::string &missing) {
+  const auto model = Model::create(library, request());
+  model->create_cache(1, 1);
+  const Buffer kept = model->open(0);
+  model->close(0);
+  in_threads(8, [&](int role) {
+    for (int round = 0; round < 50; ++round) {
+      switch (role) {
+        case 0: require(step(*model, round) == static_cast<float>(round), "logits beside others"); break;
+        case 1: live_shortly(library); break;
+        case 2: require(library->query("models") >= 1 && library->memory().parameters >= 1, "what is there"); break;
+        case 3: library->require_support(request()); break;
+        case 4: require(load_library(library->path) == library && !loaded_libraries().empty(), "the same library"); break;
+        case 5: refuse(missing, "find"); break;
+        case 6: require(!refusals().empty() && model->parameters().size() == 2, "what is remembered"); break;
+        default:
+          set_log_sink([](const char *, int32_t, const char *) { ++num_logged; });
+          library->host->table.log(library->host->table.context, INFINILM_LOG_INFO, "said by any thread");
+      }
+    }
+  });
+}
+
+// A model that is cancelled by another thread, and destroyed by a third, whenever that is.
+void destroy_meanwhile(const std::shared_ptr<Library> &library) {
+  for (int round = 0; round < 20; ++round) {
+    const auto model = Model::create(library, request());
+    model->create_cache(1, 1);
+    in_threads(3, [&](int role) {
+      if (role == 0) {
+        try {
+          (void)step(*model, 1);
+        } catch (const Failure &failure) {
+          require(failure.code() == INFINILM_INVALID, "not loaded, or closed");
+        }
+      }
+      for (int times = 0; role == 1 && times < 20; ++times) model->cancel();
+      if (role == 2) model->destroy();
+    });
+  }
+}
+
 }  // namespace
 
 int main(int, char **paths) {
@@ -151,6 +206,12 @@ int main(int, char **paths) {
   in_threads(8, [&](int i) { refuse(i % 2 == 0 ? refused : "/no/such/file.so", i % 2 == 0 ? "create" : "find"); });
   require(load_library(good)->query("deleters") == 12, "every buffer is deleted once");
   require(load_library(good)->query("models") == 0 && load_library(good)->query("caches") == 0, "nothing is left");
+  for (const std::string &path : {good, concurrent}) {
+    ask_meanwhile(load_library(path), "/no/such/file.so");
+    destroy_meanwhile(load_library(path));
+    require(load_library(path)->query("models") == 0 && load_library(path)->query("caches") == 0, "nothing is left");
+  }
+  require(num_logged == 100, "every word is heard");
   cancel_a_step(load_library(waits));
   require(loaded_libraries().size() == 3 && refusals().size() == 2, "what is remembered");
 

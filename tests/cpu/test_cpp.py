@@ -1,4 +1,4 @@
-"""The C++ tests of the cpu backend: kernels of every level against double precision, the thread pool, memory."""
+"""The C++ tests of the cpu backend: kernels and models of every level against double precision, threads, its table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import pytest
 from cpu_library import build, isas
 
 
-@pytest.mark.parametrize("name", ["thread_pool_test", "memory_test", "kernels_test"])
+@pytest.mark.parametrize(
+    "name", ["thread_pool_test", "memory_test", "kernels_test", "model_test", "table_test", "fuzz_test"]
+)
 def test_cpp(name):
     done = subprocess.run([build() / "tests" / name], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
