@@ -65,6 +65,7 @@ void Moe::reserve(Workspace& space, int64_t num_tokens) const {
   routing.starts.resize(std::max<size_t>(routing.starts.size(), config_.num_experts + 1));
   routing.ends.resize(std::max<size_t>(routing.ends.size(), config_.num_experts));
   routing.active.reserve(config_.num_experts);
+  routing.probabilities.resize(std::max<size_t>(routing.probabilities.size(), config_.num_experts));
   for (ThreadScratch& scratch : space.threads) {
     scratch.products.reserve(kRowsAtOnce * unit_columns(expert.multiple()) * 4);
     scratch.vector.reserve(std::max(expert.padded_size(), hidden_size) * 4);
@@ -82,8 +83,7 @@ void Moe::run(const Step& step, int thread, const NormIfAny& norm, bool is_added
                                    [&](int64_t row) { return step.hidden() + row * step.hidden_size; }, kExact);
   multiply_into(step, thread, routed, step.num_tokens, router_, nullptr, config_.num_experts, false,
                 step.space.router_logits.as<float>());
-  step.pool.phase(thread, step.num_tokens, [&](int64_t token) { choose(step, token); });
-  step.pool.phase(thread, 1, [&](int64_t) { place(step); });
+  step.pool.phase(thread, 1, [&](int64_t) { route(step); });
   const Rows rows = gather(step, thread, norm);
   share_experts(step, thread, shape.gate_up, num_choices, config_.num_experts, shape.multiple(),
                 [&](int64_t expert, int64_t first_block, int64_t num_blocks) {
@@ -121,36 +121,33 @@ void Moe::run(const Step& step, int thread, const NormIfAny& norm, bool is_added
   combine(step, thread, is_added);
 }
 
-// Choose one token's experts. Its router logits become probabilities, and those of the chosen -1.
-void Moe::choose(const Step& step, int64_t token) const {
+// Choose every token's experts, and give its choices rows, in the order of experts.
+void Moe::route(const Step& step) const {
   Routing& routing = step.space.routing;
   const int64_t num_experts = config_.num_experts, num_chosen = config_.experts_per_token;
-  float* probabilities = step.space.router_logits.as<float>() + token * num_experts;
-  softmax(probabilities, num_experts);
-  float total = 0;
-  float* shares = routing.shares.data() + token * num_chosen;
-  for (int64_t choice = 0; choice < num_chosen; ++choice) {
-    const int64_t expert = std::max_element(probabilities, probabilities + num_experts) - probabilities;
-    routing.experts[token * num_chosen + choice] = static_cast<int32_t>(expert);
-    total += shares[choice] = probabilities[expert];
-    probabilities[expert] = -1;
-  }
-  for (int64_t choice = 0; config_.normalize && choice < num_chosen; ++choice) shares[choice] /= total;
-}
-
-// Give all choices rows, in the order of experts.
-void Moe::place(const Step& step) const {
-  Routing& routing = step.space.routing;
-  const int64_t num_experts = config_.num_experts, num_choices = step.num_tokens * config_.experts_per_token;
+  float* probabilities = routing.probabilities.data();
   std::fill(routing.starts.begin(), routing.starts.begin() + num_experts + 1, 0);
-  for (int64_t choice = 0; choice < num_choices; ++choice) ++routing.starts[routing.experts[choice] + 1];
+  for (int64_t token = 0; token < step.num_tokens; ++token) {
+    std::memcpy(probabilities, step.space.router_logits.as<float>() + token * num_experts, num_experts * 4);
+    softmax(probabilities, num_experts);
+    float total = 0;
+    float* shares = routing.shares.data() + token * num_chosen;
+    for (int64_t choice = 0; choice < num_chosen; ++choice) {
+      const int64_t expert = std::max_element(probabilities, probabilities + num_experts) - probabilities;
+      routing.experts[token * num_chosen + choice] = static_cast<int32_t>(expert);
+      ++routing.starts[expert + 1];
+      total += shares[choice] = probabilities[expert];
+      probabilities[expert] = -1;
+    }
+    for (int64_t choice = 0; config_.normalize && choice < num_chosen; ++choice) shares[choice] /= total;
+  }
   routing.active.clear();
   for (int64_t expert = 0; expert < num_experts; ++expert) {
     if (routing.starts[expert + 1] > 0) routing.active.push_back(static_cast<int32_t>(expert));
     routing.starts[expert + 1] += routing.starts[expert];
     routing.ends[expert] = routing.starts[expert];
   }
-  for (int64_t choice = 0; choice < num_choices; ++choice) {
+  for (int64_t choice = 0; choice < step.num_tokens * num_chosen; ++choice) {
     routing.rows[choice] = routing.ends[routing.experts[choice]]++;
   }
 }

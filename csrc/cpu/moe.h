@@ -21,8 +21,7 @@ class Moe {
   void reserve(Workspace& space, int64_t num_tokens) const;
 
  private:
-  void choose(const Step& step, int64_t token) const;
-  void place(const Step& step) const;
+  void route(const Step& step) const;
   Rows gather(const Step& step, int thread, const NormIfAny& norm) const;
   void combine(const Step& step, int thread, bool is_added) const;
 

@@ -28,7 +28,7 @@ struct ThreadScratch {
 // Which experts a step's tokens chose. Choice c is token c / experts_per_token's; its row among those of all experts is
 // rows[c], and the rows of expert e are [starts[e], starts[e + 1]).
 struct Routing {
-  std::vector<float> shares;
+  std::vector<float> shares, probabilities;
   std::vector<int32_t> experts, rows, starts, active, ends;
 };
 
