@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cpu_engines import LLAMA_WEIGHTS, SHAPES, TASKS, num_threads, work
+from cpu_engines import SHAPES, TASKS, WEIGHTS, num_threads, work
 
 # ---------------------------------------------------------------- taking turns
 
@@ -74,7 +74,7 @@ def compare(model: str, weights: str, arguments: argparse.Namespace, folder: Pat
     engines = [
         "cpu",
         *(["llama"] if arguments.llama else []),
-        *(["torch"] if weights == "bf16" and arguments.torch else []),
+        *(["torch"] if not weights.startswith("int") and arguments.torch else []),
     ]
     results: dict[str, dict[str, list[float]]] = {task: {engine: [] for engine in engines} for task in arguments.tasks}
     reads = []
@@ -125,8 +125,8 @@ def parameter_bytes(model: str, weights: str) -> float:
     head_dim = shape["hidden"] // shape["heads"]
     attention = shape["hidden"] * head_dim * 2 * (shape["heads"] + shape["kv_heads"])
     layers = shape["layers"] * (attention + 3 * shape["hidden"] * shape["intermediate"])
-    bits = {"bf16": 16, "int8": 8.5, "int4": 4.5}
-    head_bits = 16 if weights == "bf16" else 8.5
+    bits = {"f32": 32, "bf16": 16, "int8": 8.5, "int4": 4.5}
+    head_bits = 8.5 if weights == "int4" else bits[weights]
     return float(layers * bits[weights] / 8 + shape["vocab"] * shape["hidden"] * head_bits / 8)
 
 
@@ -134,9 +134,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama", help="a Python with llama-cpp-python and gguf; without it llama.cpp is left out")
     parser.add_argument("--llama-plain", action="store_true", help="without its repacked weights and AMX")
-    parser.add_argument("--torch", action="store_true", help="measure infinilm's torch backend as well, in bf16")
+    parser.add_argument(
+        "--torch", action="store_true", help="measure the torch backend as well, where it has such weights"
+    )
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=["qwen2-0.5b", "llama-1.1b"])
-    parser.add_argument("--weights", nargs="+", choices=LLAMA_WEIGHTS, default=list(LLAMA_WEIGHTS))
+    parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=WEIGHTS[1:])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--library", help="another build of the cpu backend than the installed one")

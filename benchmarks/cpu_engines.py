@@ -52,7 +52,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "theta": 1e6,
     },
 }
-LLAMA_WEIGHTS = {"bf16": None, "int8": 7, "int4": 2}  # llama_ftype: MOSTLY_Q8_0, MOSTLY_Q4_0
+WEIGHTS = ("f32", "bf16", "int8", "int4")
+LLAMA_TYPES = {"f32": 0, "int8": 7, "int4": 2}  # llama_ftype: ALL_F32, MOSTLY_Q8_0, MOSTLY_Q4_0
 PROMPT, DEEP, STEPS = 512, 2048, 24
 REQUESTS, REQUEST_PROMPT, REQUEST_TOKENS = 16, 128, 64
 TASKS = ("prompt", "decode", "deep", "batch")
@@ -168,7 +169,7 @@ def _backend(name: str, config: Any, weights: str, library: str | None) -> Any:
     if name == "torch":
         from infinilm.backends.torch.backend import TorchBackend
 
-        return TorchBackend(config, dtype="bfloat16", device="cpu")
+        return TorchBackend(config, dtype="float32" if weights == "f32" else "bfloat16", device="cpu")
 
     from infinilm.native.libraries import open_library
     from infinilm.native.paths import library_path
@@ -180,8 +181,8 @@ def _backend(name: str, config: Any, weights: str, library: str | None) -> Any:
         checkpoint=SimpleNamespace(config={}, tensors={}, quantization=None, trust="data"),  # type: ignore[arg-type]
         platform=CpuPlatform(),
         device="cpu",
-        dtype="bfloat16",
-        quantization=None if weights == "bf16" else weights,
+        dtype="float32" if weights == "f32" else "bfloat16",
+        quantization=weights if weights.startswith("int") else None,
         trust_remote_code=False,
         rank=0,
         world_size=1,
@@ -244,12 +245,11 @@ def _gguf(shape: dict[str, Any], weights: str, folder: Path) -> Path:
     plain = folder / "bf16.gguf"
     if not plain.exists():
         _write_gguf(shape, plain)
-    kind = LLAMA_WEIGHTS[weights]
-    if kind is None:
+    if weights == "bf16":
         return plain
     path = folder / f"{weights}.gguf"
     options = llama_cpp.llama_model_quantize_default_params()
-    options.ftype, options.nthread = kind, num_threads()
+    options.ftype, options.nthread = LLAMA_TYPES[weights], num_threads()
     if llama_cpp.llama_model_quantize(str(plain).encode(), str(path).encode(), ctypes.byref(options)):
         sys.exit("llama_model_quantize failed")
     return path
