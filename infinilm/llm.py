@@ -19,12 +19,13 @@ from infinilm.engine.sizing import size_cache
 from infinilm.generation_config import default_sampling_params, eos_token_ids, read_generation_config
 from infinilm.loading import export
 from infinilm.loading.execute import load
-from infinilm.loading.plan import PlannedParameter
+from infinilm.loading.plan import LoadPlan, PlannedParameter
 from infinilm.outputs import RequestOutput
+from infinilm.pipeline import BackendChoice
 from infinilm.plugins import PluginManager, create_plugin_manager, trace_lineage
 from infinilm.plugins.model_spec import thaw
 from infinilm.sampling_params import RequestOutputKind, SamplingParams
-from infinilm_hookspecs import Backend, DecoderConfig, PlanError, Processor, RequestError, StoredTensor
+from infinilm_hookspecs import Backend, Checkpoint, DecoderConfig, Processor, RequestError, StoredTensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,6 +96,7 @@ class LLM:
                 quantization=quantization,
                 trust_remote_code=trust_remote_code,
             )
+            self._request = replace(request, quantization=None)
             self.choice = pipeline.choose_backend(pm, request, backend)
             self.plan = pipeline.make_plan(pm, checkpoint, self.lineage, self.choice)
             self.plan.check(pm.failures())
@@ -244,34 +246,50 @@ class LLM:
                 reused = pipeline.open_checkpoint(self.plugin_manager, str(reuse)).value
                 stack.callback(reused.close)
             folder = stack.enter_context(export.folder_when_complete(Path(path)))
+            choice, loaded = stack.enter_context(self._kept(source))
             if original:
-                export.check_exact(self.plan, source.tensors, is_reusing=reused is not None)
-                tensors, plan, config = source.tensors, self.plan, source.config
+                export.check_exact(loaded, source.tensors, is_reusing=reused is not None)
+                tensors, plan, config = source.tensors, loaded, source.config
             else:
-                tensors, plan = pipeline.plan_standard_export(self.plugin_manager, source, self.lineage, self.choice)
-                config = self._standard_config(tensors)
-            restored = export.restore_tensors(plan.parameters, self._value_of, tensors, reused)
+                tensors, plan = pipeline.plan_standard_export(self.plugin_manager, source, self.lineage, choice)
+                config = self._standard_config(tensors, choice.backend)
+
+            def value_of(parameter: PlannedParameter) -> Tensor:
+                return choice.backend.destination(parameter.name).detach().cpu()
+
+            restored = export.restore_tensors(plan.parameters, value_of, tensors, reused)
             export.write_safetensors(restored, folder)
             export.write_json(folder / "config.json", thaw(config))
             export.copy_companions(source, folder)
 
-    def _standard_config(self, tensors: Mapping[str, StoredTensor]) -> Mapping[str, Any]:
+    @contextmanager
+    def _kept(self, source: Checkpoint) -> Iterator[tuple[BackendChoice, LoadPlan]]:
+        """Give a backend that holds the parameters as they were loaded, and how they were: our own, or another.
+
+        Raises `PlanError` where ours packs them, and nobody else can load them.
+        """
+        if getattr(self._backend, "keeps_parameters", False):
+            yield self.choice, self.plan
+            return
+        pm = self.plugin_manager
+        choice = pipeline.choose_backend_that_keeps(pm, replace(self._request, checkpoint=source), self.choice)
+        with closing(choice.backend):
+            plan = pipeline.make_plan(pm, source, self.lineage, choice)
+            plan.check(pm.failures())
+            load(plan, source, choice.backend)
+            yield choice, plan
+
+    def _standard_config(self, tensors: Mapping[str, StoredTensor], backend: Backend) -> Mapping[str, Any]:
         """Return the last raw config, with what other readers would otherwise take from their family's defaults."""
         defaults: dict[str, Any] = {"dtype": Counter(stored.dtype for stored in tensors.values()).most_common(1)[0][0]}
         if self._text is not None and self._text.eos_token_ids:
             eos = sorted(self._text.eos_token_ids)
             defaults["eos_token_id"] = eos[0] if len(eos) == 1 else eos
-        taken = self._backend.config
+        taken = backend.config
         stated = dict(self.lineage.last_raw() if isinstance(taken, DecoderConfig) else taken)
         if self.checkpoint.value.quantization is not None:
             stated.pop("quantization_config", None)  # what is written is dequantized
         return defaults | stated
-
-    def _value_of(self, parameter: PlannedParameter) -> Tensor:
-        """Return a parameter as the backend keeps it."""
-        if not getattr(self._backend, "keeps_parameters", False):
-            raise PlanError(f"the backend {self._backend.name!r} packs its parameters and cannot give them back")
-        return self._backend.destination(parameter.name).detach().cpu()
 
     def close(self) -> None:
         """Free the model. Safe to call twice."""

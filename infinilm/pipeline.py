@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -38,6 +38,7 @@ from infinilm_hookspecs import (
     InfinilmError,
     LogitsProcessorFactory,
     Named,
+    PlanError,
     Platform,
     PluginError,
     Processor,
@@ -223,16 +224,19 @@ def make_request(
 
 
 @collector_paused()
-def choose_backend(pm: PluginManager, request: BackendRequest, name: str = "auto") -> BackendChoice:
-    """Return the first backend that takes the model, or that of the plugin `name`.
+def choose_backend(
+    pm: PluginManager, request: BackendRequest, name: str = "auto", *, without: Collection[str] = ()
+) -> BackendChoice:
+    """Return the first backend that takes the model, or that of the plugin `name`; plugins `without` are not asked.
 
     Raises `ConfigError` when no plugin knows the model, and `UnavailableError` with every reason when no backend takes
     it.
     """
-    exclude = pm.others(name) if name != "auto" else ()
+    exclude = pm.others(name) if name != "auto" else without
     reasons: dict[str, str] = {}
     request = replace(
         request,
+        is_named=name != "auto",
         on_decline=lambda reason: reasons.update({pm.asking or "?": reason}),
         torch_module=partial(_find_torch_module, pm),
         stored_weights=partial(_find_stored_weights, pm, request),
@@ -257,6 +261,25 @@ def choose_backend(pm: PluginManager, request: BackendRequest, name: str = "auto
         why = "".join(f"; {decline.name} declined it: {decline.reason}" for decline in declined)
         _log.log(logging.WARNING if name == "auto" else logging.INFO, "%s%s", caveat, why)
     return BackendChoice(backend, answer.plugin, declined)
+
+
+def choose_backend_that_keeps(pm: PluginManager, request: BackendRequest, packing: BackendChoice) -> BackendChoice:
+    """Return a backend that can give back what it was given, in place of one that packs it.
+
+    Raises `PlanError` when no other backend takes the model.
+    """
+    packs = f"the backend {packing.backend.name!r} packs its parameters and cannot give them back"
+    without = {packing.plugin}
+    while True:
+        try:
+            choice = choose_backend(pm, request, without=without)
+        except InfinilmError as err:
+            raise PlanError(f"{packs}, and no other can be loaded to: {err}") from err
+        if getattr(choice.backend, "keeps_parameters", False):
+            _log.info("%s; they are read again, through %s", packs, choice.plugin)
+            return choice
+        without.add(choice.plugin)
+        choice.backend.close()
 
 
 def _find_torch_module(pm: PluginManager, part: Named, config: DecoderConfig) -> Any:

@@ -82,9 +82,13 @@ int32_t probe(const infinilm_host*, infinilm_error* error) {
   return guard(error, [] { chosen_isa(); });
 }
 
-int32_t query(infinilm_backend*, const char* name, int64_t* value, infinilm_error* error) {
+int32_t query(infinilm_backend* backend, const char* name, int64_t* value, infinilm_error* error) {
   return guard(error, [&] {
     const std::string wanted = name;
+    if (wanted == "cpu.level") {  // of isa.h, 0 being scalar
+      *value = static_cast<int64_t>(backend->kernels.isa);
+      return;
+    }
     if (wanted != INFINILM_QUERY_KEEPS_PARAMETERS && wanted != INFINILM_QUERY_CONCURRENT &&
         wanted != INFINILM_QUERY_MAX_WORLD_SIZE) {
       throw Unsupported("the cpu backend has no answer to '" + wanted + "'");

@@ -26,4 +26,7 @@ def provide_backend(request: BackendRequest) -> NativeBackend | None:
     except PluginError as err:
         request.decline(str(err))  # a processor that is too old, or no compiler when infinilm was installed
         return None
+    if not request.is_named and library.native.query("cpu.level") == 0:
+        request.decline("this processor lacks AVX2, and without it torch is faster; --backend cpu runs it all the same")
+        return None
     return library.provide_backend(request)

@@ -30,6 +30,7 @@ RANGE_ATTRIBUTE = "requires_infinilm"
 
 _IN_TREE_PACKAGES = ("platforms", "checkpoints", "models", "backends", "processors", "logits_processors")
 _ASKED_LAST = "transformers"  # it takes whatever nobody else does
+_ASKED_FIRST = "cpu"  # of the backends here: where it runs a model, it is the fastest
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ def in_tree() -> dict[str, Candidate]:
             if name in found:
                 load = partial(_JoinedModules, found[name].load, load)
             found[name] = Candidate(record, load)
-    return dict(sorted(found.items(), key=lambda item: item[0] != _ASKED_LAST))
+    return dict(sorted(found.items(), key=lambda item: (item[0] != _ASKED_LAST, item[0] == _ASKED_FIRST)))
 
 
 class _JoinedModules:
