@@ -1,7 +1,7 @@
 """The parity check must see: every mistake planted here makes it fail, and without one it passes.
 
 Mistakes in weights are planted by editing the stored tensors, mistakes in the config by a wrapper plugin, mistakes in
-the arithmetic of the backend by patching it.
+the arithmetic of a backend by patching torch's.
 """
 
 from __future__ import annotations
@@ -107,15 +107,19 @@ def in_family(*families: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("checkpoint", families, indirect=True)
 
 
-def check(checkpoint, *, folder: Path | None = None, plugins: tuple[object, ...] = ()) -> None:
+def check(
+    checkpoint, *, folder: Path | None = None, plugins: tuple[object, ...] = (), backend: str = "auto"
+) -> None:
     original, prompts, expected = checkpoint
-    llm = LLM(str(folder or original), platform="cpu", dtype="float32", max_model_len=128, plugins=plugins)
+    options: dict[str, Any] = {"platform": "cpu", "dtype": "float32", "max_model_len": 128}
+    llm = LLM(str(folder or original), plugins=plugins, backend=backend, **options)
     oracle.check_parity(llm, prompts, expected)
 
 
+@pytest.mark.parametrize("backend", oracle.BACKENDS)
 @in_family(*CONFIGS)
-def test_without_a_mistake_the_check_passes(checkpoint):
-    check(checkpoint)
+def test_without_a_mistake_the_check_passes(checkpoint, backend):
+    check(checkpoint, backend=backend)
 
 
 # ---------------------------------------------------------------- in the weights
@@ -279,7 +283,7 @@ def test_mistake_in_the_config(checkpoint, mistake):
         check(checkpoint, plugins=(Mistaken(mistake),))
 
 
-# ---------------------------------------------------------------- in the backend
+# ---------------------------------------------------------------- in the torch backend
 
 
 @in_family("llama")
@@ -290,14 +294,14 @@ def test_attention_to_the_future(checkpoint, monkeypatch):
     right = attention._attend_whole
     monkeypatch.setattr(attention, "_attend_whole", attend_all)
     with pytest.raises(AssertionError, match=IN_THE_PROMPT):
-        check(checkpoint)
+        check(checkpoint, backend="torch")
 
 
 @in_family("qwen3")
 def test_query_and_key_norm_dropped(checkpoint, monkeypatch):
     monkeypatch.setattr("infinilm.backends.torch.decoder._norm", norm_but_not_of_heads)
     with pytest.raises(AssertionError, match=IN_THE_PROMPT):
-        check(checkpoint)
+        check(checkpoint, backend="torch")
 
 
 def norm_but_not_of_heads(config: NormConfig | None, name: str, weights: Any) -> Callable[[Tensor], Tensor]:
@@ -314,7 +318,7 @@ def test_a_norm_after_the_residual(checkpoint, monkeypatch):
 
     monkeypatch.setattr("infinilm.backends.torch.decoder._Layer.__call__", call)
     with pytest.raises(AssertionError, match=IN_THE_PROMPT):
-        check(checkpoint)
+        check(checkpoint, backend="torch")
 
 
 @in_family(*CONFIGS)
@@ -325,7 +329,7 @@ def test_decoding_from_the_wrong_slots_shows_in_what_is_generated(checkpoint, mo
     right = PagedCache.gather
     monkeypatch.setattr(PagedCache, "gather", gather_one_off)
     with pytest.raises(AssertionError, match=WHILE_GENERATING):
-        check(checkpoint)
+        check(checkpoint, backend="torch")
 
 
 @in_family("mistral")
@@ -336,4 +340,4 @@ def test_decoding_in_a_window_one_off_shows_in_what_is_generated(checkpoint, mon
     right = attention._context_slots
     monkeypatch.setattr(attention, "_context_slots", slots_one_off)
     with pytest.raises(AssertionError, match=WHILE_GENERATING):
-        check(checkpoint)
+        check(checkpoint, backend="torch")

@@ -21,9 +21,11 @@ from checkpoints_made import CONFIG, llama_tensors, safetensors_bytes, write_fol
 from infinilm.backends.torch.backend import TorchBackend
 from infinilm.checkpoints.safetensors import SafetensorsCheckpoint
 from infinilm.cli import main, plugins
+from infinilm.native.backend import NativeBackend
 
 ERROR = re.compile(r"\Ainfinilm( [a-z]+)?: error: [^\n]+\n\Z")
 HOOKS = "from infinilm_hookspecs import DROP, hookimpl\n\n"
+DEFAULT_BACKEND = "cpu" if "avx2" in Path("/proc/cpuinfo").read_text() else "torch"
 PASSING = HOOKS + "@hookimpl\ndef select_processor(lineage, checkpoint):\n    return None\n"
 
 
@@ -389,7 +391,7 @@ def test_inspect_prints_what_the_issue_asks_for(llama: Path, run: Run) -> None:
     assert report["errors"] == []
     assert [step["model_type"] for step in report["lineage"]] == ["llama", "llama"]
     assert report["processor"]["plugin"] == "huggingface"
-    assert report["backend"]["name"] == "torch"
+    assert report["backend"]["name"] == DEFAULT_BACKEND
     assert all(decline.keys() == {"name", "reason"} for decline in report["backend"]["declined"])
     tensors = llama_tensors()
     plan = report["plan"]
@@ -407,16 +409,19 @@ def test_inspect_prints_what_the_issue_asks_for(llama: Path, run: Run) -> None:
     }
 
 
-def test_inspect_reads_no_tensor_and_asks_for_no_buffer(llama: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "kind"), [("cpu", NativeBackend), ("torch", TorchBackend)])
+def test_inspect_reads_no_tensor_and_asks_for_no_buffer(
+    llama: Path, run: Run, monkeypatch: pytest.MonkeyPatch, name: str, kind: type
+) -> None:
     def forbidden(*arguments: object) -> None:
         raise AssertionError("headers only")
 
     monkeypatch.setattr(SafetensorsCheckpoint, "read", forbidden)
-    monkeypatch.setattr(TorchBackend, "destination", forbidden)
-    monkeypatch.setattr(TorchBackend, "allocate_cache", forbidden)
-    assert run("inspect", llama, "--json").code == 0
-    assert run("inspect", llama).code == 0
-    assert "headers only" in run("generate", llama, "--prompt", "x").error
+    monkeypatch.setattr(kind, "destination", forbidden)
+    monkeypatch.setattr(kind, "allocate_cache", forbidden)
+    assert run("inspect", llama, "--backend", name, "--json").code == 0
+    assert run("inspect", llama, "--backend", name).code == 0
+    assert "headers only" in run("generate", llama, "--backend", name, "--prompt", "x").error
 
 
 def test_inspect_folds_layers_and_names_who_did_what(llama: Path, run: Run) -> None:
@@ -490,15 +495,33 @@ def test_inspect_reports_as_far_as_it_came(tmp_path: Path, run: Run) -> None:
 
 def test_backend_by_name_is_the_one_that_is_asked(llama: Path, run: Run) -> None:
     chosen = json.loads(run("inspect", llama, "--json").out)["backend"]
-    assert (chosen["name"], chosen["plugin"]) == ("torch", "torch")
-    named = json.loads(run("inspect", llama, "--json", "--backend", "transformers").out)["backend"]
-    assert (named["name"], named["plugin"]) == ("transformers", "transformers")
+    assert (chosen["name"], chosen["plugin"]) == (DEFAULT_BACKEND, DEFAULT_BACKEND)
+    for name in ("cpu", "torch", "transformers"):
+        named = json.loads(run("inspect", llama, "--json", "--backend", name).out)["backend"]
+        assert (named["name"], named["plugin"], named["declined"]) == (name, name, [])
     unknown = run("inspect", llama, "--backend", "tourch")
     assert unknown.code == 2
     assert "'tourch'" in unknown.error
     platform = run("inspect", llama, "--platform", "cuda")
     assert platform.code == 2
     assert "plugin 'cuda' provides no platform on this machine" in platform.error
+
+
+def test_processor_without_avx2_gets_torch_and_cpu_only_by_name(llama: Path) -> None:
+    command = [*COMMAND, "inspect", str(llama), "--json"]
+    environment = {**os.environ, "INFINILM_CPU_ISA": "scalar"}
+
+    def backend(*words: str) -> dict[str, Any]:
+        ran = subprocess.run([*command, *words], env=environment, capture_output=True, text=True, check=True)
+        chosen: dict[str, Any] = json.loads(ran.stdout)["backend"]
+        return chosen
+
+    left = backend()
+    assert left["name"] == "torch"
+    (reason,) = [declined["reason"] for declined in left["declined"] if declined["name"] == "cpu"]
+    assert "lacks AVX2" in reason
+    assert "--backend cpu" in reason
+    assert backend("--backend", "cpu")["name"] == "cpu"
 
 
 def test_inspect_says_who_declined_and_why(tmp_path: Path, llama: Path, run: Run) -> None:

@@ -200,6 +200,7 @@ def test_bfloat16_is_close_on_every_level(name):
 
     Not all rows: where two experts are nearly as likely, rounding decides which one a token gets.
     """
+    most = 0.95 if "expert" in name else 0.97
     wanted = expected(name, "bfloat16")
     reference = row_errors(
         whole(loaded(TorchBackend(CONFIGS[name], dtype="bfloat16", device="cpu")), prompt(LENGTH)), wanted
@@ -209,7 +210,7 @@ def test_bfloat16_is_close_on_every_level(name):
         logits = in_pieces(backend, [0, 70, 71, 72, 74, 77, 90, LENGTH])
         error = row_errors(logits, wanted)
         assert error.median() <= reference.median(), isa
-        assert error.quantile(0.95) <= reference.quantile(0.95), isa
+        assert error.quantile(most) <= reference.quantile(most), isa
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 7])

@@ -7,15 +7,16 @@ import random
 from pathlib import Path
 from typing import Any
 
+import oracle
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from infinilm import LLM, SamplingParams
 
-VOCAB_SIZE, MAX_TOKENS, NUM_BLOCKS = 300, 24, 13
+VOCAB_SIZE, MAX_TOKENS, MAX_MODEL_LEN = 300, 24, 200
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-BYTES_PER_BLOCK = 16 * 2 * 2 * (2 * 8) * 4  # tokens, layers, keys and values, two heads of 8, float32
+BYTES_PER_TOKEN = 2 * 2 * (2 * 8) * 4  # layers, keys and values, two heads of 8, float32
 
 
 @pytest.fixture(scope="module", params=["plain", "dynamic"])
@@ -61,26 +62,38 @@ def expected(folder: Path) -> list[list[int]]:
     return results
 
 
+def cache_for_one(folder: Path, backend: str) -> tuple[int, int]:
+    """Return how many of the backend's blocks one sequence may take, and the bytes of them all."""
+    with LLM(folder, backend=backend, max_model_len=MAX_MODEL_LEN, max_num_seqs=1) as llm:
+        spec = llm.backend.cache_spec()
+    assert spec.bytes_per_block >= spec.block_size * BYTES_PER_TOKEN
+    num_blocks = -(-MAX_MODEL_LEN // spec.block_size)
+    return num_blocks, num_blocks * spec.bytes_per_block
+
+
+@pytest.mark.parametrize("backend", oracle.BACKENDS)
 @pytest.mark.parametrize("enable_prefix_caching", [True, False])
 def test_sixty_four_ragged_prompts_in_a_cache_for_one(
-    folder: Path, expected: list[list[int]], enable_prefix_caching: bool
+    folder: Path, expected: list[list[int]], enable_prefix_caching: bool, backend: str
 ) -> None:
+    num_blocks, num_bytes = cache_for_one(folder, backend)
     prompts = [{"prompt_token_ids": prompt} for prompt in ragged_prompts()]
     params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
     with LLM(
         folder,
-        max_model_len=200,
+        backend=backend,
+        max_model_len=MAX_MODEL_LEN,
         max_num_batched_tokens=64,
-        kv_cache_memory=NUM_BLOCKS * BYTES_PER_BLOCK,
+        kv_cache_memory=num_bytes,
         enable_prefix_caching=enable_prefix_caching,
     ) as llm:
-        assert llm.engine.stats().num_blocks == NUM_BLOCKS
+        assert llm.engine.stats().num_blocks == num_blocks
         for _ in range(2):  # the second time with what the first left in the cache
             results = llm.generate(prompts, params, use_tqdm=False)
             assert [its.outputs[0].token_ids for its in results] == expected
         stats = llm.engine.stats()
         assert stats.num_preemptions > 0
-        assert stats.num_free_blocks == NUM_BLOCKS
+        assert stats.num_free_blocks == num_blocks
         is_found = enable_prefix_caching and "dynamic" not in folder.name
         assert (stats.prefix_cache_hits > 0) == is_found
         llm.engine._pool.check([])

@@ -193,7 +193,7 @@ def test_a_buffer_may_be_a_view_into_a_fused_one() -> None:
     assert (rows[8:] == 77).all()
     assert (columns[:, :5] == 77).all()
     assert (columns[:, 8:] == 77).all()
-    assert checkpoint.reads[0] == ("q", rows[2:8].data_ptr())
+    assert ("q", rows[2:8].data_ptr()) in checkpoint.reads
 
 
 def test_a_buffer_may_be_a_parameter_that_takes_gradients() -> None:

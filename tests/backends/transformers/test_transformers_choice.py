@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -46,8 +47,12 @@ def test_it_is_asked_after_every_other_backend(pm: PluginManager) -> None:
     assert pm.records[0].name == "transformers"
 
 
-def test_a_family_with_a_plugin_of_its_own_runs_on_torch(tmp_path: Path) -> None:
-    assert LLM(tiny_checkpoint.write_model(tmp_path), **OPTIONS).choice.plugin == "torch"
+def test_a_family_with_a_plugin_of_its_own_runs_on_cpu_and_without_it_on_torch(tmp_path: Path) -> None:
+    folder = tiny_checkpoint.write_model(tmp_path)
+    has_avx2 = "avx2" in Path("/proc/cpuinfo").read_text()  # without, cpu leaves the model to torch
+    assert LLM(folder, **OPTIONS).choice.plugin == ("cpu" if has_avx2 else "torch")
+    assert LLM(folder, plugins=["no:cpu"], **OPTIONS).choice.plugin == "torch"
+    assert LLM(folder, plugins=["no:cpu", "no:torch"], **OPTIONS).choice.plugin == "transformers"
 
 
 def test_it_takes_the_raw_config_of_a_family_that_has_a_plugin(tmp_path: Path) -> None:
@@ -75,7 +80,7 @@ def test_it_warns_that_it_is_slow_where_nobody_asked_for_it(tmp_path: Path, capl
     said = [record for record in caplog.records if "slow choice" in record.message]
     assert [record.levelname for record in said] == ["WARNING"]
     assert "adapt_config" in said[0].message
-    assert "torch declined it: " in said[0].message
+    assert re.search(r"; cpu declined it: .+; torch declined it: ", said[0].message)
 
 
 def test_it_only_notes_it_where_it_was_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
