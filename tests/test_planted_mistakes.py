@@ -107,9 +107,7 @@ def in_family(*families: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("checkpoint", families, indirect=True)
 
 
-def check(
-    checkpoint, *, folder: Path | None = None, plugins: tuple[object, ...] = (), backend: str = "auto"
-) -> None:
+def check(checkpoint, *, folder: Path | None = None, plugins: tuple[object, ...] = (), backend: str = "auto") -> None:
     original, prompts, expected = checkpoint
     options: dict[str, Any] = {"platform": "cpu", "dtype": "float32", "max_model_len": 128}
     llm = LLM(str(folder or original), plugins=plugins, backend=backend, **options)

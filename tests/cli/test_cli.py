@@ -507,23 +507,6 @@ def test_backend_by_name_is_the_one_that_is_asked(llama: Path, run: Run) -> None
     assert "plugin 'cuda' provides no platform on this machine" in platform.error
 
 
-def test_processor_without_avx2_gets_torch_and_cpu_only_by_name(llama: Path) -> None:
-    command = [*COMMAND, "inspect", str(llama), "--json"]
-    environment = {**os.environ, "INFINILM_CPU_ISA": "scalar"}
-
-    def backend(*words: str) -> dict[str, Any]:
-        ran = subprocess.run([*command, *words], env=environment, capture_output=True, text=True, check=True)
-        chosen: dict[str, Any] = json.loads(ran.stdout)["backend"]
-        return chosen
-
-    left = backend()
-    assert left["name"] == "torch"
-    (reason,) = [declined["reason"] for declined in left["declined"] if declined["name"] == "cpu"]
-    assert "lacks AVX2" in reason
-    assert "--backend cpu" in reason
-    assert backend("--backend", "cpu")["name"] == "cpu"
-
-
 def test_inspect_says_who_declined_and_why(tmp_path: Path, llama: Path, run: Run) -> None:
     code = "@hookimpl\ndef provide_backend(request):\n    return request.decline('this acme has no heads')\n"
     path = write_plugin(tmp_path, HOOKS + code)
