@@ -113,7 +113,7 @@ platform = pipeline.select_platform(pm).value
 request = pipeline.make_request(
     lineage, checkpoint, platform, device="auto", dtype="auto", max_model_len=None, max_num_seqs=1
 )
-plan = pipeline.make_plan(pm, checkpoint, lineage, pipeline.choose_backend(pm, request))
+plan = pipeline.make_plan(pm, checkpoint, lineage, pipeline.choose_backend(pm, request, "torch"))
 plan.check()
 num_read = num_kept = 0
 preadv = os.preadv
@@ -203,7 +203,7 @@ platform = pipeline.select_platform(pm).value
 request = pipeline.make_request(
     lineage, checkpoint, platform, device="auto", dtype="auto", max_model_len=None, max_num_seqs=1
 )
-choice = pipeline.choose_backend(pm, request)
+choice = pipeline.choose_backend(pm, request, "torch")
 plan = pipeline.make_plan(pm, checkpoint, lineage, choice)
 seconds = time.perf_counter() - started
 plan.check()

@@ -113,8 +113,8 @@ class BackendRequest:
     `dtype` is the one to compute in and `device` where; `max_model_len` is in tokens, 0 where no config says.
     `torch_module` asks the plugins' `provide_torch_module` for a `Named` part of a config. `stored_weights` runs the
     weight rules of the lineage, and has the stored tensors by role of every weight that is quantized in the checkpoint
-    and reaches the last config as it is, under its name there: what a backend may ask for as `NAME:ROLE`. `is_named` says
-    that the user named your plugin: it is no longer a question of which backend is faster.
+    and reaches the last config as it is, under its name there: what a backend may ask for as `NAME:ROLE`. `is_named`
+    says that the user named your plugin: it is no longer a question of which backend is faster.
     """
 
     lineage: tuple[Config | DecoderConfig, ...]

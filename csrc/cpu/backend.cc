@@ -200,7 +200,7 @@ int32_t cache_spec(infinilm_model* model, infinilm_cache_spec* spec, infinilm_er
     infinilm_cache_spec value = make_struct<infinilm_cache_spec>();
     value.block_size = kBlock;
     for (const CacheLayout& layout : model->model.cache_layouts()) value.bytes_per_block += layout.block_bytes();
-    value.shareable = 1;
+    value.shareable = model->model.has_shareable_cache() ? 1 : 0;
     give(spec, value);
   });
 }

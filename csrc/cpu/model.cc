@@ -89,6 +89,12 @@ std::vector<CacheLayout> Model::cache_layouts() const {
   return layouts;
 }
 
+bool Model::has_shareable_cache() const {
+  return std::none_of(config_.layers.begin(), config_.layers.end(), [](const LayerConfig& layer) {
+    return layer.mixer.rope && layer.mixer.rope->scaling == RopeScaling::kDynamic;
+  });
+}
+
 void Model::finish_loading() {
   require_all_loaded();
   parameters_.finish();

@@ -34,6 +34,8 @@ class Model {
   const DecoderConfig& config() const { return config_; }
   bool is_bf16() const { return options_.is_bf16; }
   std::vector<CacheLayout> cache_layouts() const;
+  // No: keys depend on how long their prompt is.
+  bool has_shareable_cache() const;
   int64_t num_bytes() const { return parameters_.arena().num_bytes(); }  // of weights that were stored
   int64_t scratch_bytes() const { return space_.num_bytes(); }
 

@@ -14,7 +14,7 @@ class CpuPlatform:
     """The processors and the main memory of this machine."""
 
     name = "cpu"
-    default_backend = "torch"
+    default_backend = "cpu"
     communication = "gloo"
 
     @classmethod

@@ -124,6 +124,10 @@ def check_shared_prefix(subject: Subject) -> None:
         third = _sharing(bench, first, num_shared)
         bench.backend.release([first.slot])
         subject.require_equal(bench.step([(third, left)]), expected[-left:], "sharing blocks of one that was released")
+        longer = _sharing(bench, first, num_shared, prompt_length=len(tokens))
+        of_longer = subject.expected(tokens, len(tokens))[-left:]
+        what = "sharing blocks of a shorter prompt; where keys depend on a prompt's length say shareable=False"
+        subject.require_equal(bench.step([(longer, left)]), of_longer, what)
 
 
 def check_copy_blocks(subject: Subject) -> None:
@@ -201,9 +205,9 @@ def check_allocation_refused(subject: Subject) -> None:
     subject.require_equal(logits, subject.expected(tokens), "on a smaller cache after one was refused")
 
 
-def _sharing(bench: Bench, first: Context, num_shared: int) -> Context:
+def _sharing(bench: Bench, first: Context, num_shared: int, *, prompt_length: int = 1) -> Context:
     """Return a sequence of the same tokens that begins with so many blocks of `first`."""
-    context = bench.start(first.tokens, prompt_length=1)
+    context = bench.start(first.tokens, prompt_length=prompt_length)
     context.blocks[:num_shared] = first.blocks[:num_shared]
     context.num_computed = num_shared * bench.block_size
     return context

@@ -14,6 +14,7 @@ from infinilm.testing import DECODERS, BackendCase, ConformanceReport, backend_c
 from infinilm.testing.decoders import with_all_experts
 from infinilm.testing.reference import decoder_logits
 
+NOT_SHARED = "cache_spec() says shareable=False: the engine never shares or copies its blocks"
 NOT_KEPT = "the backend does not say keeps_parameters = True: it may pack and free its buffers"
 NO_WINDOW = "no layer of the model says that it has a sliding window"
 NO_REFERENCE = "the case has no reference(values, token_ids), logits that somebody else computed"
@@ -77,4 +78,6 @@ def test_in_other_formats(name, dtype, quantization):
         expected["sliding_window"] = NO_WINDOW
     if dtype != "float32" and quantization is not None:
         expected["reference"] = NO_REFERENCE
+    if name == "dynamic_rope":  # keys depend on the length of their prompt
+        expected |= dict.fromkeys(("shared_prefix", "copy_blocks", "copies_at_once"), NOT_SHARED)
     assert skipped(report) == expected

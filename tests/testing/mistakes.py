@@ -388,6 +388,13 @@ class Drifts(Wrapped):
 # ---------------------------------------------------------------- slots and blocks
 
 
+class SharesWhatDependsOnPrompts(Wrapped):
+    """Keys of this model depend on the length of their prompt, and it says that anybody may have them."""
+
+    def cache_spec(self) -> CacheSpec:
+        return replace(super().cache_spec(), shareable=True)
+
+
 class RemembersLengths(Wrapped):
     """Keeps the longest prompt of every slot, whoever holds it."""
 
@@ -612,6 +619,7 @@ MISTAKES = [
     Mistake(ReleasesWhatItKnows, ("release_of_unused_slots",)),
     Mistake(TakesItAllForPrompt, ("preemption", *WITH_A_SHORT_PROMPT), "dynamic_rope"),
     Mistake(StartsAtZero, ("shared_prefix", "copy_blocks")),
+    Mistake(SharesWhatDependsOnPrompts, ("shared_prefix",), "dynamic_rope"),
     Mistake(CopiesByName, ("copy_blocks",)),
     Mistake(CopiesOneAfterTheOther, ("copies_at_once",)),
     Mistake(RunsOutOfMemory, ("allocation_refused",)),

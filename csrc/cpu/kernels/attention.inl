@@ -117,6 +117,10 @@ void attend(const AttentionTile& tile) {
     for (int64_t b = 0; b < num_blocks; ++b) {
       const std::byte* keys = tile.cache + tile.block_table[chunk + b] * tile.block_stride;
       values[b] = keys + tile.value_offset;
+      if (chunk + b + 1 < tile.last_block) {  // blocks lie anywhere: the processor does not guess where the next one does
+        const std::byte* next = tile.cache + tile.block_table[chunk + b + 1] * tile.block_stride;
+        for (int64_t line = 0; line < tile.value_offset; line += 64) __builtin_prefetch(next + line);
+      }
       const int64_t start = (chunk + b) * kBlock;
       if (start < first_seen || start + kBlock > tile.context_length) {
         copy_values<Format>(values[b], num_value_blocks, first_seen - start, tile.context_length - start,

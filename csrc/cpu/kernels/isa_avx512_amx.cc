@@ -150,6 +150,7 @@ Kernels make_table() {
   table.gemm_bf16 = gemm_bf16;
   table.gemm_bf16_by_pairs = gemm_bf16_by_pairs;
   table.many_bf16_rows = RowFormat::kBf16Pair;
+  table.attend_bf16 = avx512_vnni::table().attend_bf16;  // who has AMX multiplies floats faster than pairs of bf16
   return table;
 }
 
