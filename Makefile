@@ -1,7 +1,7 @@
 # make demo    set up and ask the demo model a few sums      make test      set up and run the default suite
 # make check   ruff, mypy strict, the docs                   make test-all  the suite with what is marked slow
 # make bench-deps   set up what the benchmarks compare with
-# make sanitize     native code under ASan, UBSan and TSan   make sanitize-quick  the loader's part of it
+# make sanitize     native code under ASan, UBSan and TSan   make sanitize-quick  the loader's and the pool's part
 
 PYTHON ?= python3
 BIN := .venv/bin
