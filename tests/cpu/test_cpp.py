@@ -8,11 +8,10 @@ import pytest
 from cpu_library import build, isas
 
 
-@pytest.mark.parametrize(
-    "name", ["thread_pool_test", "memory_test", "kernels_test", "model_test", "table_test", "fuzz_test"]
-)
+@pytest.mark.parametrize("name", ["thread_pool", "memory", "packing", "kernels", "model", "table", "fuzz"])
 def test_cpp(name):
-    done = subprocess.run([build() / "tests" / name], capture_output=True, text=True, timeout=600, check=False)
+    program = build() / "tests" / f"{name}_test"
+    done = subprocess.run([program], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 

@@ -6,6 +6,7 @@ typedef uint16_t HalfBits __attribute__((vector_size(kWidth * 2)));
 
 constexpr int kSections = kBlock / kWidth;  // vectors that hold a word of every row
 constexpr int64_t kSquareBytes = 64;        // of a row in a square
+constexpr int64_t kFetchAhead = 256;        // bytes of every row
 
 // Lanes with bit kStep set are those of b that lie kStep before, the others those of a.
 template <int kStep, int... kLane>
@@ -38,6 +39,11 @@ INFINILM_INLINE void read_square(const SourceRows& source, int64_t begin, VI (*s
   const int64_t row_bytes = source.row_bytes();
   const std::byte* rows = source.data + begin;
   int64_t stride = row_bytes;
+  // Sixteen rows at a time are more than the processor foresees, above all where they end.
+  const int64_t ahead = begin + kFetchAhead;
+  const std::byte* next = source.data + (ahead < row_bytes ? ahead : ahead + (kBlock - 1) * row_bytes);
+#pragma GCC unroll 16
+  for (int n = 0; n < kBlock; ++n) __builtin_prefetch(next + n * row_bytes);
   alignas(64) std::byte copy[kBlock * kSquareBytes];
   if (source.num_rows < kBlock || begin + kSquareBytes > row_bytes || row_bytes % 4) {
     std::memset(copy, 0, sizeof(copy));
@@ -124,7 +130,9 @@ struct ToInt8 {
 
   static VF scale_of(const VF* x, int64_t group) {
     VF peak = {};
-    for (int64_t k = 0; k < group; ++k) peak = max(magnitude(x[k]), peak);
+    for (int64_t k = 0; k < group; k += 4) {
+      peak = max(max(max(magnitude(x[k]), magnitude(x[k + 1])), max(magnitude(x[k + 2]), magnitude(x[k + 3]))), peak);
+    }
     return rounded_to_half(peak / 127.0f);
   }
 
@@ -146,29 +154,32 @@ struct ToInt4 {
     constexpr float kPlaces[] = {-8.0f, -9.0f, 7.5f};
     constexpr int kNumPlaces = 3;
     VF most = {}, least = {};
-    for (int64_t k = 0; k < group; ++k) {
-      most = max(x[k], most);
-      least = min(x[k], least);
+    for (int64_t k = 0; k < group; k += 4) {  // pairs first: one result waits for the other
+      most = max(max(max(x[k], x[k + 1]), max(x[k + 2], x[k + 3])), most);
+      least = min(min(min(x[k], x[k + 1]), min(x[k + 2], x[k + 3])), least);
     }
     const VF per_peak = inverse_of(most > -least ? most : least);
     VF products[kNumPlaces] = {}, squares[kNumPlaces] = {};
     for (int64_t k = 0; k < group; ++k) {
 #pragma GCC unroll 3
       for (int place = 0; place < kNumPlaces; ++place) {
-        const VF clipped = min(max(x[k] * (per_peak * kPlaces[place]), all(-8)), all(7));
+        // Between product and sum, so that no level of Isa makes one rounding of both.
+        VF clipped = min(x[k] * (per_peak * kPlaces[place]), all(7));
+        if (kPlaces[place] < -8) clipped = max(clipped, all(-8));
         const VF level = clipped + kRounder - kRounder;
         products[place] += x[k] * level;
         squares[place] += level * level;
       }
     }
-    VF best = {}, scale = {};
-    for (int place = 0; place < kNumPlaces; ++place) {
-      const VF found = products[place] * inverse_of(squares[place]);
-      const VF explained = found * products[place];  // how much of sum(x^2) is no error
-      scale = explained > best ? found : scale;
-      best = max(explained, best);
+    // How much of sum(x^2) is no error is product^2 / square: compared without dividing.
+    VF product = products[0], square = squares[0];
+    for (int place = 1; place < kNumPlaces; ++place) {
+      const VF other = products[place], other_square = squares[place];
+      const auto is_better = other * other * square > product * product * other_square;
+      product = is_better ? other : product;
+      square = is_better ? other_square : square;
     }
-    return rounded_to_half(scale);
+    return rounded_to_half(product * inverse_of(square));
   }
 
   // Four bits each, w + 8: features 0 to 3 low in their bytes, 4 to 7 high.

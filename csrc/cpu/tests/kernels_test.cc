@@ -6,26 +6,17 @@
 #include <cstring>
 #include <functional>
 #include <limits>
-#include <random>
 #include <vector>
 
 #include "check.h"
 #include "kv_cache.h"
+#include "matrices.h"
 #include "packed_matrix.h"
 #include "row_buffer.h"
 
 using namespace infinilm::cpu;
 
 namespace {
-
-std::mt19937 generator(7);
-
-std::vector<float> random_floats(int64_t size, float spread = 1) {
-  std::normal_distribution<float> normal(0, spread);
-  std::vector<float> values(size);
-  for (float& value : values) value = normal(generator);
-  return values;
-}
 
 std::vector<float> rounded(std::vector<float> values) {
   for (float& value : values) value = bf16_to_float(float_to_bf16(value));
@@ -40,33 +31,6 @@ double worst(const std::vector<float>& got, const std::vector<double>& wanted) {
     largest = std::max(largest, std::fabs(wanted[i]));
   }
   return difference / largest;
-}
-
-struct Case {
-  const char* name;
-  Packing packing;
-};
-
-const Case kCases[] = {{"f32", {WeightFormat::kF32, 0}},
-                       {"bf16", {WeightFormat::kBf16, 0}},
-                       {"int8", {WeightFormat::kI8, 32}},
-                       {"int4 by 32", {WeightFormat::kI4, 32}},
-                       {"int4 by 128", {WeightFormat::kI4, 128}}};
-
-PackedMatrix packed(const Kernels& kernels, const Case& kind, const std::vector<float>& weights, int64_t n, int64_t k,
-                    Arena& arena) {
-  PackedMatrix matrix(kernels, kind.packing, (n + kBlock - 1) / kBlock, k, arena);
-  std::vector<uint16_t> halves(weights.size());
-  std::transform(weights.begin(), weights.end(), halves.begin(), float_to_bf16);
-  const bool is_bf16 = kind.packing.format == WeightFormat::kBf16;
-  const SourceMatrix source{is_bf16 ? reinterpret_cast<const std::byte*>(halves.data())
-                                    : reinterpret_cast<const std::byte*>(weights.data()),
-                            is_bf16};
-  matrix.take_memory();
-  for (int64_t block = 0; block < matrix.num_blocks(); ++block) {
-    matrix.pack_block(source, n, block, block);
-  }
-  return matrix;
 }
 
 // What a row is once it has been put: rounded to bf16, or to levels of a group.
@@ -96,56 +60,6 @@ std::vector<float> as_put(RowFormat format, const Rows& rows, int64_t row, int64
     }
   }
   return values;
-}
-
-// Of all scales that map the largest weight to a level, the one that is chosen is not worse than the plainest.
-void test_int4_error(const Kernels& kernels) {
-  for (int64_t group : {32, 128}) {
-    double chosen = 0, plain = 0;
-    for (int round = 0; round < 50; ++round) {
-      const std::vector<float> x = random_floats(group);
-      float peak = 0;
-      for (float value : x) peak = std::max(peak, std::fabs(value));
-      Arena arena;
-      const PackedMatrix matrix = packed(kernels, {"", {WeightFormat::kI4, group}}, x, 1, group, arena);
-      std::vector<float> kept(group);
-      matrix.unpack_row(0, kept.data());
-      for (int64_t i = 0; i < group; ++i) {
-        chosen += std::pow(x[i] - kept[i], 2);
-        plain += std::pow(x[i] - std::nearbyint(x[i] / peak * 7) * peak / 7, 2);
-      }
-    }
-    CHECK(chosen < 0.9 * plain, std::string(isa_name(kernels.isa)) + ": " + std::to_string(chosen / plain));
-  }
-}
-
-// Scales are numbers that fp16 has, down to its subnormal ones and up to its largest.
-void test_scales(const Kernels& kernels) {
-  for (float peak : {2e-6f, 2e-5f, 1e-3f, 1.0f, 1e5f, 1e6f, 1e7f, 1e9f}) {
-    std::vector<float> x = random_floats(32, peak / 4);
-    x[5] = peak;
-    for (float& value : x) value = std::clamp(value, -peak, peak);
-    for (const Case& kind : kCases) {
-      if (kind.packing.group != 32) continue;
-      const std::string what = std::string(isa_name(kernels.isa)) + " " + kind.name + " of " + std::to_string(peak);
-      Arena arena;
-      const PackedMatrix matrix = packed(kernels, kind, x, 1, 32, arena);
-      std::vector<float> kept(32);
-      matrix.unpack_row(0, kept.data());
-      uint16_t half;
-      std::memcpy(&half, matrix.panel(0).data, 2);
-      const double scale = std::fabs(half_to_float(half));
-      if (kind.packing.format == WeightFormat::kI4) {
-        CHECK(scale >= std::min(peak / 10, 65504.0f) - 0x1p-25f, what + ": " + std::to_string(scale));
-        continue;
-      }
-      CHECK(std::fabs(scale - std::min(peak / 127, 65504.0f)) <= std::max(0x1p-25, scale * 0x1p-11), what);
-      for (int i = 0; i < 32; ++i) {
-        const double bound = 0.5001 * scale + std::max(std::fabs(x[i]) - 127.0 * scale, 0.0);
-        CHECK(std::fabs(x[i] - static_cast<double>(kept[i])) <= bound, what);
-      }
-    }
-  }
 }
 
 void test_gemm(const Kernels& kernels, const Case& kind, RowFormat format, int64_t m, int64_t n, int64_t k) {
@@ -458,8 +372,6 @@ int main() {
       }
     }
     test_extreme_integers(kernels);
-    test_int4_error(kernels);
-    test_scales(kernels);
     test_activations(kernels);
     test_rows(kernels);
     test_rounding(kernels);
