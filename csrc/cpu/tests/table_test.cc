@@ -107,7 +107,10 @@ void test_a_step_is_cancelled_from_another_thread() {
   Sequence one = random_sequence(75, 1, 0);
   Batch batch(8);
   batch.add(one, 75);
-  CHECK(code_of([&] { model->forward(batch, kVocabSize); }) == INFINILM_CANCELLED, "a step");
+  // A step may be over before the other thread's turn comes.
+  int32_t code = INFINILM_OK;
+  for (int i = 0; i < 1000 && code == INFINILM_OK; ++i) code = code_of([&] { model->forward(batch, kVocabSize); });
+  CHECK(code == INFINILM_CANCELLED, "a step");
   is_over = true;
   canceller.join();
   for (const auto& row : model->forward(batch, kVocabSize)) CHECK(std::isfinite(row[0]), "the next step runs");
