@@ -7,7 +7,7 @@ namespace infinilm::cpu {
 namespace {
 
 constexpr int64_t kLeastBytes = 256 << 10;        // smaller ones are cheaper made than looked for
-constexpr int64_t kMostWaitingBytes = 128 << 20;  // as much as the host has open at once
+constexpr int64_t kMostWaitingBytes = 128 << 20;  // as much as the host has open at once, at most
 
 }  // namespace
 

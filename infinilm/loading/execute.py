@@ -2,7 +2,7 @@
 
 Each parameter is cut into chunks that are read, converted and copied independently; where the stored bytes are the
 buffer's bytes they are read straight into it. At most a fixed number of bytes is between storage and buffers, and at
-most as many wait in buffers that are not full.
+most as many wait in buffers that are not full: four chunks for each thread, with which none waits for another.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from infinilm_hookspecs.strided import StridedTensor
 Progress = Callable[[int], object]
 """Called with the bytes that were loaded since the last call, in the dtypes the backend keeps them in."""
 
-BYTE_BUDGET = 128 * 2**20  # in buffers that are open, and once more between storage and buffers
+BYTE_BUDGET = 128 * 2**20  # at most, in buffers that are open, and once more between storage and buffers
 _MAX_THREADS = 8
 CHUNK_BYTES = 8 * 2**20  # at most, of a chunk: larger ones are no faster, and the allocator gives them back late
 
@@ -77,6 +77,7 @@ class _Loader:
         self._pool = pool
         # A chunk is there as it was read, and once more as it was converted.
         self._chunk_bytes = min(CHUNK_BYTES, BYTE_BUDGET // (2 * num_threads))
+        self._open_bytes = min(4 * num_threads * CHUNK_BYTES, BYTE_BUDGET)
         self._steps = Steps(weight for parameter in plan.parameters for weight in (parameter.weight, *parameter.twins))
 
     def run(self) -> None:
@@ -85,7 +86,7 @@ class _Loader:
         num_open = 0
         for parameter in self._parameters:
             size = _num_bytes(parameter.weight, parameter.spec.dtype)
-            while waiting and num_open + size > BYTE_BUDGET:
+            while waiting and num_open + size > self._open_bytes:
                 num_open -= self._finish(waiting.popleft())
             waiting.append(self._open(parameter))
             num_open += size
