@@ -14,7 +14,11 @@ namespace infinilm::cpu {
 
 namespace {
 
-constexpr uint32_t kOpen = 1u << 31;  // threads may still come in
+constexpr uint64_t kOpen = 1u << 31;  // threads may still come in
+
+uint64_t region_of(uint64_t gate) { return gate >> 32; }
+
+uint64_t num_inside(uint64_t gate) { return gate & (kOpen - 1); }
 
 }  // namespace
 
@@ -67,39 +71,39 @@ void ThreadPool::run(int64_t max_phases, const std::function<void(int)>& body) {
     for (int64_t i = 0; i < num_counters; ++i) counters_[i].value.store(0, std::memory_order_relaxed);
   }
   body_ = &body;
-  gate_.store(kOpen);
-  num_regions_.fetch_add(1);
+  gate_.store((region_of(gate_.load()) + 1) << 32 | kOpen);
   regions_.wake();
   cursors_[0].value = 0;
   body(0);
   gate_.fetch_sub(kOpen);
-  exits_.wait([&] { return gate_.load() == 0; });
+  exits_.wait([&] { return num_inside(gate_.load()) == 0; });
 }
 
 void ThreadPool::work(int thread) {
   uint64_t seen = 0;
   for (;;) {
-    regions_.wait([&] { return num_regions_.load() != seen || is_closing_.load(); });
+    regions_.wait([&] { return region_of(gate_.load()) != seen || is_closing_.load(); });
     if (is_closing_) return;
-    seen = num_regions_.load();
-    if (!enter()) continue;
+    seen = region_of(gate_.load());
+    if (!enter(seen)) continue;
     cursors_[thread].value = 0;
     (*body_)(thread);
     leave();
   }
 }
 
-// A thread that wakes too late finds the gate closed, and what the body pointed to is not touched any more.
-bool ThreadPool::enter() {
-  uint32_t gate = gate_.load();
-  while (gate & kOpen) {
+// A thread that wakes too late finds the gate closed, and what the body pointed to is not touched any more. Or it finds
+// that of the next region, which it must not enter as if it were this one: it would come again.
+bool ThreadPool::enter(uint64_t region) {
+  uint64_t gate = gate_.load();
+  while (gate & kOpen && region_of(gate) == region) {
     if (gate_.compare_exchange_weak(gate, gate + 1)) return true;
   }
   return false;
 }
 
 void ThreadPool::leave() {
-  if (gate_.fetch_sub(1) == 1) exits_.wake();
+  if ((gate_.fetch_sub(1) & (2 * kOpen - 1)) == 1) exits_.wake();  // closed, and the last
 }
 
 }  // namespace infinilm::cpu

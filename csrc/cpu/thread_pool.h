@@ -122,7 +122,7 @@ class ThreadPool {
   }
 
   void work(int thread);
-  bool enter();
+  bool enter(uint64_t region);
   void leave();
 
   const int num_threads_;
@@ -135,8 +135,8 @@ class ThreadPool {
   int64_t max_phases_ = 0;
   std::unique_ptr<Cursor[]> cursors_;  // the phase each thread comes to next
   std::atomic<bool> is_closing_{false};
-  std::atomic<uint64_t> num_regions_{0};  // that have begun
-  alignas(64) std::atomic<uint32_t> gate_{0};  // kOpen, plus how many threads beside the caller are in the region
+  // From the highest bit on: the number of the region, 32 bits; kOpen; how many threads beside the caller are inside.
+  alignas(64) std::atomic<uint64_t> gate_{0};
   WaitingRoom regions_, phases_, exits_;
 };
 

@@ -20,7 +20,7 @@ namespace {
 
 void test_the_caller_runs_and_others_at_most_once(int num_threads) {
   ThreadPool pool(num_threads);
-  for (int round = 0; round < 200; ++round) {
+  for (int round = 0; round < 5000; ++round) {
     std::vector<int> calls(num_threads, 0);
     pool.run(0, [&](int thread) { ++calls[thread]; });
     CHECK(calls[0] == 1, std::to_string(num_threads));
