@@ -30,6 +30,7 @@ class StoredWeights {
   explicit StoredWeights(const char* json);
 
   const StoredInt4* find(const std::string& name) const;
+  bool is_empty() const { return weights_.empty(); }
   // How many were left out, and why the first of them was; empty where all are run.
   std::string left_out() const;
 

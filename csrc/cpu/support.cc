@@ -8,6 +8,7 @@ namespace infinilm::cpu {
 
 namespace {
 
+constexpr char kHalf[] = "float16";
 constexpr int64_t kInt8Group = 32, kShortInt4Group = 32, kLongInt4Group = 128;
 
 std::string quoted(const char* text) { return "'" + std::string(text) + "'"; }
@@ -15,7 +16,7 @@ std::string quoted(const char* text) { return "'" + std::string(text) + "'"; }
 ModelOptions read_options(const infinilm_model_request& request) {
   ModelOptions options;
   const std::string dtype = request.dtype;
-  if (dtype != "float32" && dtype != "bfloat16") {
+  if (dtype != "float32" && dtype != "bfloat16" && dtype != kHalf) {
     throw Unsupported("the cpu backend computes in float32 or bfloat16, not in " + quoted(request.dtype));
   }
   options.is_bf16 = dtype == "bfloat16";
@@ -48,6 +49,12 @@ Request read_request(const infinilm_model_request& request) {
   // Who asks for a quantization gets that one: what is stored otherwise is dequantized for it.
   if (request.stored_quantization != nullptr && request.quantization == nullptr) {
     read.options.stored = StoredWeights(request.stored_quantization);
+  }
+  // Integers are multiplied alike whatever the dtype, and the few matrices that are left may be float32. A model that has
+  // none would take twice the memory it was stored in.
+  if (std::string(request.dtype) == kHalf && request.quantization == nullptr && read.options.stored.is_empty()) {
+    throw Unsupported("the cpu backend computes in float32 or bfloat16, and runs a model in 'float16' only where its "
+                      "weights are integers");
   }
   read.config = parse_decoder_config(request.config);
   const int64_t num_positions = read.config.num_positions;

@@ -37,6 +37,13 @@ def test_torch_has_what_it_does_not_run(tmp_path, dtype):
         assert [(it.name, dtype in it.reason) for it in llm.choice.declined] == [("cpu", True)]
 
 
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_a_float16_model_is_quantized_without_another_word(tmp_path, quantization):
+    with LLM(write_model(tmp_path), backend="cpu", dtype="float16", quantization=quantization) as llm:
+        assert {parameter.spec.dtype for parameter in llm.plan.parameters} == {"float32"}
+        assert llm.generate([{"prompt_token_ids": [3, 1, 4]}])[0].outputs[0].token_ids
+
+
 def test_torch_is_taken_where_there_are_no_vectors(tmp_path):
     shown = inspect(write_model(tmp_path), isa="scalar")
     assert "torch" in shown

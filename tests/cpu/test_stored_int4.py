@@ -32,6 +32,7 @@ from infinilm.models import llama
 from infinilm.native.backend import NativeBackend
 from infinilm.testing import Context, make_batch
 from infinilm.testing.driver import advance
+from infinilm.testing.parity import edit_config, edit_tensors
 from infinilm_hookspecs import PlanError
 
 SAFETENSORS = "model.safetensors"
@@ -220,6 +221,19 @@ def test_a_model_answers_as_its_copy(tmp_path):
             results = llm.generate([{"prompt_token_ids": [3, 1, 4, 1, 5]}, {"prompt_token_ids": [9]}], params)
         answers.append([result.outputs[0].token_ids for result in results])
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("name", ["gptq 128", "awq 32"])
+def test_a_checkpoint_that_says_float16_is_run_in_float32(name, tmp_path):
+    """As most of these do: nobody has to say a dtype, and what is not quantized loses nothing."""
+    stored, copy = write_both(tmp_path, "llama", SCHEMES[name])
+    edit_config(stored, lambda config: {**config, "dtype": "float16"})
+    edit_tensors(stored, lambda tensors: {n: t.half() if t.dtype == torch.float32 else t for n, t in tensors.items()})
+    edit_tensors(copy, lambda tensors: {n: t if is_quantized(n) else t.half().float() for n, t in tensors.items()})
+    with LLM(stored, backend="cpu", kv_cache_memory=1 << 22) as llm:
+        assert kept_and_dequantized(llm) == (LINEARS, set())
+    wanted = logits_of(copy, backend="torch", dtype="float32")
+    assert difference(logits_of(stored, backend="cpu"), wanted) <= 5e-4
 
 
 # ---------------------------------------------------------------- what is run as it is stored
