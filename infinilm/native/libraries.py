@@ -52,10 +52,12 @@ class BackendLibrary:
         config = request.lineage[-1]
         if not isinstance(config, DecoderConfig):
             model_type = config.get("model_type")
-            request.decline(f"{self.name} runs a DecoderConfig, and no plugin made one of model_type {model_type!r}")
+            request.decline(
+                f"the {self.name} backend runs a DecoderConfig, and no plugin made one of model_type {model_type!r}"
+            )
             return None
         if request.world_size != 1:
-            request.decline(f"{self.name} runs in one process, and world_size is {request.world_size}")
+            request.decline(f"the {self.name} backend runs in one process, and world_size is {request.world_size}")
             return None
         asked = _as_asked(request, config)
         try:
@@ -64,7 +66,7 @@ class BackendLibrary:
             message, code = err.args
             if code not in (_native.UNSUPPORTED, _native.UNAVAILABLE):
                 raise PluginError(f"backend library {self.path!r} failed in supports_model: {message}") from err
-            request.decline(f"{self.name}: {message}")
+            request.decline(message)
             return None
 
         from infinilm.native.backend import NativeBackend
