@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from types import ModuleType
@@ -428,6 +428,15 @@ def test_exception_inside_apply_leaves_no_thread_and_no_file(tmp_path: Path) -> 
     assert files_open_in(tmp_path) == []
 
 
+@pytest.fixture
+def listening_to_ctrl_c() -> Iterator[None]:
+    """Python's handler of SIGINT, which a process that a shell starts in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listening_to_ctrl_c")
 def test_ctrl_c_in_the_middle_leaves_nothing_behind_and_the_next_load_is_right(tmp_path: Path) -> None:
     """SIGINT as a terminal sends it, while threads are reading."""
     tensors = {f"t{i}": torch.randn(8, 4) for i in range(40)}
