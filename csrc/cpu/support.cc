@@ -54,7 +54,7 @@ Request read_request(const infinilm_model_request& request) {
   // none would take twice the memory it was stored in.
   if (std::string(request.dtype) == kHalf && request.quantization == nullptr && read.options.stored.is_empty()) {
     throw Unsupported("the cpu backend computes in float32 or bfloat16, and runs a model in 'float16' only where its "
-                      "weights are integers");
+                      "weights are integers; ask for bfloat16, or for a quantization");
   }
   read.config = parse_decoder_config(request.config);
   const int64_t num_positions = read.config.num_positions;

@@ -164,7 +164,7 @@ def test_attention_that_cannot_be_is_declined(mixer, words):
     [
         ({"dtype": "float64"}, "computes in float32 or bfloat16, not in 'float64'"),
         ({"dtype": "float64", "quantization": "int8"}, "computes in float32 or bfloat16, not in 'float64'"),
-        ({"dtype": "float16"}, "runs a model in 'float16' only where its weights are integers"),
+        ({"dtype": "float16"}, "only where its weights are integers; ask for bfloat16, or for a quantization"),
         ({"quantization": "fp8"}, "quantizes to int8, int4"),
     ],
 )
