@@ -50,8 +50,8 @@ Request read_request(const infinilm_model_request& request) {
   if (request.stored_quantization != nullptr && request.quantization == nullptr) {
     read.options.stored = StoredWeights(request.stored_quantization);
   }
-  // Integers are multiplied alike whatever the dtype, and the few matrices that are left may be float32. A model that has
-  // none would take twice the memory it was stored in.
+  // Integers are multiplied alike whatever the dtype, and the few matrices that are left may be float32. A model that
+  // has none would take twice the memory it was stored in.
   if (std::string(request.dtype) == kHalf && request.quantization == nullptr && read.options.stored.is_empty()) {
     throw Unsupported("the cpu backend computes in float32 or bfloat16, and runs a model in 'float16' only where its "
                       "weights are integers; ask for bfloat16, or for a quantization");
